@@ -1,0 +1,433 @@
+"""The commands: each parses, calls one function of the package, and prints what it returned.
+
+Heavy imports stand inside the commands, so that `--help` answers at once. Errors become one line here and
+nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not start, 130 stopped by the user.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cxr_fastai import __version__
+from cxr_fastai.config import ARCHITECTURES, DEVICES, PRECISIONS, TASKS, GenerateConfig, TrainConfig
+from cxr_fastai.errors import CxrError, UsageError
+from cxr_fastai.runs import atomic_path, safe_cell, write_text
+
+app = typer.Typer(
+    name="cxr",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn folders of chest radiographs (or none: it makes synthetic ones) into a classifier that can be trusted, "
+    "explained and handed over. Start with: [bold]python cli.py train[/bold]. Research software, not a medical device.",
+)
+DEFAULT_DATA = TrainConfig.data
+DEBUG = "--debug"
+
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output, all else on standard error.")]
+Data = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Folder of class folders, or CSV with path,label[,patient_id][,split]. "
+        f"Without it: {DEFAULT_DATA}, made if missing."
+    ),
+]
+Task = Annotated[str, typer.Option(help=f"What the labels are: {', '.join(TASKS)}.", rich_help_panel="Data")]
+PatientRegex = Annotated[
+    str | None, typer.Option(help="Finds the patient id in a file name (first group).", rich_help_panel="Data")
+]
+Positive = Annotated[
+    str | None, typer.Option(help="The class that a binary threshold is about.", rich_help_panel="Data")
+]
+Test = Annotated[float, typer.Option(help="Share of films kept for the test, by patient.", rich_help_panel="Data")]
+Valid = Annotated[float, typer.Option(help="Share of films for validation, by patient.", rich_help_panel="Data")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out films that cannot be read.", rich_help_panel="Data")
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
+Arch = Annotated[str, typer.Option(help=f"Network: {', '.join(ARCHITECTURES)}.", rich_help_panel="Training")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Start from: auto, imagenet, phantom, none, or a .safetensors or .pth file.", rich_help_panel="Training"
+    ),
+]
+Size = Annotated[int, typer.Option(help="Side of the square input in pixels.", rich_help_panel="Training")]
+BatchSize = Annotated[int, typer.Option(help="Films a step.", rich_help_panel="Training")]
+Dropout = Annotated[float, typer.Option(help="Before the last layer.", rich_help_panel="Training")]
+WeightDecay = Annotated[float, typer.Option(help="Adam's, decoupled.", rich_help_panel="Training")]
+Augment = Annotated[
+    float,
+    typer.Option(help="Strength of flips, turns, crops, contrast; 0 none, 1 the paper's.", rich_help_panel="Training"),
+]
+Precision = Annotated[
+    str, typer.Option(help=f"Arithmetic in training: {', '.join(PRECISIONS)}.", rich_help_panel="Training")
+]
+Device = Annotated[str, typer.Option(help=f"Where to train: {', '.join(DEVICES)}.", rich_help_panel="Training")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False,
+) -> None:
+    """Handle what stands before the command; `--debug` is read in `main`."""
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    out: Annotated[
+        str, typer.Option(help="Folder to write; one of ours is replaced when the new one is finished.")
+    ] = GenerateConfig.out,
+    n: Annotated[int, typer.Option(help="Number of films.")] = GenerateConfig.n,
+    task: Annotated[
+        str, typer.Option(help="binary (normal/abnormal), multiclass (one finding a film) or multilabel.")
+    ] = GenerateConfig.task,
+    size: Annotated[int, typer.Option(help="Side of a film in pixels.")] = GenerateConfig.size,
+    seed: Seed = GenerateConfig.seed,
+    difficulty: Annotated[
+        str, typer.Option(help="How visible the findings are: easy, medium or hard.")
+    ] = GenerateConfig.difficulty,
+    format: Annotated[str, typer.Option(help="png or jpeg.")] = GenerateConfig.format,
+    plant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Plant a known defect, repeatable: leak:0.1, mislabel:0.05, "
+            "shortcut:0.9 or shortcut:0.9:KIND with KIND marker, border, brightness or format."
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; the films are the same for any number.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make synthetic chest radiographs with labels, patients and the exact place of each finding."""
+    from cxr_fastai.console import Console
+
+    config = GenerateConfig(
+        out=out,
+        n=n,
+        task=task,
+        size=size,
+        seed=seed,
+        difficulty=difficulty,
+        format=format,
+        plant=tuple(plant or ()),
+        workers=workers,
+    )
+    console = Console(machine=as_json)
+    made = make_phantoms(config, console)
+    if as_json:
+        print_json(made)
+
+
+def make_phantoms(config: GenerateConfig, console: Any) -> dict[str, Any]:
+    """Generate a dataset with progress; return what was made."""
+    from cxr_fastai.phantom import generate as generate_phantoms
+
+    with console.progress("Making films", config.n) as advance:
+        table = generate_phantoms(config, lambda done, total: advance())
+    counts = table["label"].value_counts().to_dict()
+    console.say(
+        f"{config.out}: {len(table)} synthetic films of {table['patient_id'].nunique()} patients, seed {config.seed}"
+    )
+    return {
+        "out": config.out,
+        "n": len(table),
+        "labels": counts,
+        "patients": int(table["patient_id"].nunique()),
+        "seed": config.seed,
+    }
+
+
+def ensure_phantoms(data: Path | None, console: Any) -> None:
+    """Make the default folder of phantoms where no data is given and it is not there."""
+    if data is None and not (Path(DEFAULT_DATA) / "dataset.json").is_file():
+        console.say(f"No DATA given: making synthetic films in {DEFAULT_DATA}")
+        make_phantoms(GenerateConfig(), console)
+
+
+@app.command()
+def train(
+    data: Data = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; else train-001, train-002 ...")] = None,
+    out: Annotated[str, typer.Option(help="Folder of run folders.")] = TrainConfig.out,
+    seed: Seed = TrainConfig.seed,
+    task: Task = TrainConfig.task,
+    positive: Positive = None,
+    patient_regex: PatientRegex = None,
+    test: Test = TrainConfig.test,
+    valid: Valid = TrainConfig.valid,
+    skip_bad: SkipBad = False,
+    arch: Arch = TrainConfig.arch,
+    weights: Weights = TrainConfig.weights,
+    size: Size = TrainConfig.size,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    epochs: Annotated[
+        int, typer.Option(help="Epochs with all layers trained.", rich_help_panel="Training")
+    ] = TrainConfig.epochs,
+    freeze_epochs: Annotated[
+        int, typer.Option(help="Epochs before them that train the new last layer only.", rich_help_panel="Training")
+    ] = TrainConfig.freeze_epochs,
+    lr: Annotated[
+        str, typer.Option(help="Peak learning rate of Adam, or auto: from lr-find.", rich_help_panel="Training")
+    ] = f"{TrainConfig.lr:g}",
+    weight_decay: WeightDecay = TrainConfig.weight_decay,
+    dropout: Dropout = TrainConfig.dropout,
+    augment: Augment = TrainConfig.augment,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Stop after so many epochs without a better validation AUROC; 0 never.", rich_help_panel="Training"
+        ),
+    ] = TrainConfig.patience,
+    precision: Precision = TrainConfig.precision,
+    device: Device = TrainConfig.device,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep checkpoints/last.pth of a run that ended well.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
+    from cxr_fastai.console import Console
+
+    console = Console(machine=as_json)
+    config = TrainConfig(
+        name=name, out=out, seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid, skip_bad=skip_bad,
+        arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs, freeze_epochs=freeze_epochs,
+        lr=learning_rate(lr), weight_decay=weight_decay, dropout=dropout, augment=augment, patience=patience,
+        precision=precision, device=device, keep_checkpoints=keep_checkpoints, data=str(data or DEFAULT_DATA),
+    )  # fmt: skip
+    ensure_phantoms(data, console)
+    from cxr_fastai.training import train as run_training
+
+    run, metrics = run_training(config, console)
+    show_metrics(metrics, console)
+    console.say(f"Run folder: {run}   report: {run / 'report.html'}   next: python cli.py predict IMAGE")
+    if as_json:
+        print_json({**metrics, "run": str(run)})
+
+
+def learning_rate(text: str) -> float | None:
+    """Return the rate meant by --lr; None is auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--lr is {text}, but must be a number above 0, or auto") from None
+
+
+def show_metrics(metrics: dict[str, Any], console: Any) -> None:
+    """Print the table of figures with intervals, and the confusion matrix."""
+    from rich.table import Table
+
+    from cxr_fastai.report import shown_metrics
+
+    title = f"{metrics['split']} films: {metrics['n']} of {metrics['n_patients']} patients"
+    table = Table(title=title, title_justify="left")
+    for head in ("measure", "value", "95 % interval", "films"):
+        table.add_column(head, justify="left" if head == "measure" else "right")
+    for row in shown_metrics(metrics):
+        table.add_row(*row)
+    console.rich.print(table)
+    if not isinstance(metrics["confusion"][0][0], list):
+        counts = Table(title="confusion (row: truth, column: said)", title_justify="left")
+        for head in ("", *metrics["classes"]):
+            counts.add_column(head, justify="right")
+        for name, line in zip(metrics["classes"], metrics["confusion"], strict=True):
+            counts.add_row(name, *map(str, line))
+        console.rich.print(counts)
+    if metrics["errors"]:
+        console.say(f"{metrics['errors']} films could not be read; they are in no figure above")
+
+
+@app.command("lr-find")
+def lr_find(
+    data: Data = None,
+    seeds: Annotated[
+        int, typer.Option(help="Runs, each with its own seed; the median is suggested.", min=1, max=100)
+    ] = 3,
+    iterations: Annotated[int, typer.Option(help="Steps of one run.", min=30, max=10_000)] = 100,
+    plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("exports/lr_find.png"),
+    seed: Seed = TrainConfig.seed,
+    task: Task = TrainConfig.task,
+    positive: Positive = None,
+    patient_regex: PatientRegex = None,
+    test: Test = TrainConfig.test,
+    valid: Valid = TrainConfig.valid,
+    skip_bad: SkipBad = False,
+    arch: Arch = TrainConfig.arch,
+    weights: Weights = TrainConfig.weights,
+    size: Size = TrainConfig.size,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    weight_decay: WeightDecay = TrainConfig.weight_decay,
+    dropout: Dropout = TrainConfig.dropout,
+    augment: Augment = TrainConfig.augment,
+    precision: Precision = TrainConfig.precision,
+    device: Device = TrainConfig.device,
+    as_json: Json = False,
+) -> None:
+    """Find a learning rate: fastai's lr_find over several seeds, with the spread and a plot."""
+    from cxr_fastai.console import Console
+
+    console = Console(machine=as_json)
+    config = TrainConfig(
+        seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid, skip_bad=skip_bad, arch=arch,
+        weights=weights, size=size, batch_size=batch_size, weight_decay=weight_decay, dropout=dropout, augment=augment,
+        precision=precision, device=device, data=str(data or DEFAULT_DATA),
+    )  # fmt: skip
+    ensure_phantoms(data, console)
+    from cxr_fastai.explore import find_rate
+
+    found = find_rate(config, seeds=seeds, iterations=iterations, plot=plot, console=console)
+    if as_json:
+        print_json(found)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder.")] = "exports/latest",
+    data: Annotated[
+        Path | None, typer.Argument(help="Labelled folder or CSV; without it, the run's own test films.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for predictions.csv and metrics.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Test a trained classifier on its untouched test films, or on any other labelled films."""
+    from cxr_fastai.console import Console
+    from cxr_fastai.evaluate import evaluate_run
+
+    console = Console(machine=as_json)
+    metrics = evaluate_run(run, None if data is None else str(data), None if out is None else str(out), console)
+    show_metrics(metrics, console)
+    if as_json:
+        print_json(metrics)
+    if metrics["errors"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Films: files, folders, globs.")],
+    model: Annotated[str, typer.Option(help="Run folder or .onnx file.")] = "exports/latest",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a film on standard output.")] = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file, too.")] = None,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Write each film with its evidence laid over it into this folder.")
+    ] = None,
+) -> None:
+    """Classify films with a trained model; every film gets a row. Needs no torch and no GPU."""
+    from cxr_fastai.console import Console
+    from cxr_fastai.predict import Predictor, find_films
+
+    console = Console(machine=as_json)
+    predictor = Predictor(model)
+    paths = find_films(images)
+    rows: list[Any] = []
+    with console.progress("Reading films", len(paths)) as advance:
+        for row in predictor.predict(paths):
+            advance()
+            if as_json:
+                print(row.to_json(), flush=True)  # noqa: T201
+            if evidence is not None and row.error is None:
+                save_overlay(predictor, row, evidence / f"{len(rows) + 1:06d}-{Path(row.path).stem}.png")
+            rows.append(row.without_evidence())
+    if csv_file is not None:
+        write_text(csv_file, prediction_csv(rows, predictor.classes))
+        console.say(f"{csv_file}: {len(rows)} rows")
+    if not as_json:
+        show_predictions(rows, console)
+    if any(row.error for row in rows):
+        raise typer.Exit(1)
+
+
+def save_overlay(predictor: Any, row: Any, path: Path) -> None:
+    """Write the film of a row with its evidence laid over it as a PNG."""
+    from PIL import Image
+
+    from cxr_fastai.images import read_radiograph
+    from cxr_fastai.predict import overlay
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(overlay(read_radiograph(row.path), predictor.evidence_shown(row))).save(temporary, "PNG")
+
+
+def prediction_csv(rows: list[Any], classes: list[str]) -> str:
+    """Return the rows as CSV text, one probability column a class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["path", "label", "probability", *(f"p_{c}" for c in classes), "threshold", "flags", "error", "seconds"]
+    )
+    for row in rows:
+        threshold = json.dumps(row.threshold) if isinstance(row.threshold, dict) else row.threshold
+        numbers = [row.probability, *(row.probabilities.get(c) for c in classes), threshold]
+        writer.writerow(
+            [safe_cell(v) for v in (row.path, row.label, *numbers, " ".join(row.flags), row.error, row.seconds)]
+        )
+    return text.getvalue()
+
+
+def show_predictions(rows: list[Any], console: Any) -> None:
+    """Print the rows as a table for people, names escaped."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cxr_fastai.images import printable
+
+    table = Table()
+    for head in ("film", "class", "probability", "threshold", "remarks"):
+        table.add_column(head, justify="right" if head in ("probability", "threshold") else "left", overflow="fold")
+    for row in rows:
+        threshold = f"{row.threshold:.3f}" if isinstance(row.threshold, float) else "-"
+        verdict = ["-", "-", "-"] if row.error else [row.label or "no finding", f"{row.probability:.3f}", threshold]
+        table.add_row(
+            escape(printable(row.path)), *(escape(v) for v in verdict), escape(row.error or " ".join(row.flags))
+        )
+    console.rich.print(table)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object as the last line of standard output."""
+    print(json.dumps(value))  # noqa: T201
+
+
+def main() -> None:
+    """Run the command line; turn every expected error into one line and its exit code."""
+    # fastai and torch still call things that torch deprecates; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|fastai")
+    try:
+        code = app(standalone_mode=False)
+    except CxrError as error:
+        if DEBUG in sys.argv:
+            raise
+        code = fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = fail("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # The reader of our output (head, say) has gone; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        # typer's usage errors: their class is its own in some versions and click's in others
+        if not hasattr(error, "format_message"):
+            raise
+        code = fail(f"{error.format_message()} (see --help)", 2)
+    sys.exit(code)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line on standard error and return its exit code."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    return code

@@ -1,0 +1,174 @@
+"""What can be set, one frozen dataclass a verb; the defaults are the paper's.
+
+Standard library only. Every class checks itself when it is made, and a message names the command-line flag.
+`to_json` and `from_json` carry a config into and out of a run folder.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cxr_fastai.errors import UsageError
+
+TASKS = ("auto", "binary", "multiclass", "multilabel")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+# torchvision names whose body ends in a map of features, so that evidence has a place.
+ARCHITECTURES = (
+    *(f"densenet{n}" for n in (121, 161, 169, 201)),
+    *(f"resnet{n}" for n in (18, 34, 50, 101, 152)),
+    *(f"vgg{n}_bn" for n in (11, 13, 16, 19)),
+)  # fmt: skip
+SHORTCUTS = ("marker", "border", "brightness", "format")
+MAX_SEED = 2**32 - 1
+
+
+def require(condition: bool, flag: str, value: object, allowed: str) -> None:
+    """Raise the UsageError of one flag unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"{flag} is {value}, but must be {allowed}")
+
+
+class Saved:
+    """JSON in and out, for every config."""
+
+    def to_json(self) -> str:
+        """Return the config as a JSON object, keys in the order of the fields."""
+        return json.dumps(dataclasses.asdict(self), indent=1)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Make the config again from `to_json`'s text; keys that are not fields are refused by name."""
+        values: dict[str, Any] = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise UsageError(f"config: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Saved):
+    """One folder of synthetic films.
+
+    out: folder to write. n: films. task: binary, multiclass (one finding a film) or multilabel.
+    size: side of a film in pixels. seed: same seed, same bytes. difficulty: how visible the findings are.
+    format: png or jpeg. plant: known defects, `leak:0.1`, `shortcut:0.9[:marker|border|brightness|format]`,
+    `mislabel:0.05`. workers: processes, None is one a core. images_per_patient: mean.
+    """
+
+    out: str = "data/synthetic"
+    n: int = 750
+    task: str = "binary"
+    size: int = 224
+    seed: int = 0
+    difficulty: str = "medium"
+    format: str = "png"
+    plant: tuple[str, ...] = ()
+    workers: int | None = None
+    images_per_patient: float = 1.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plant", tuple(self.plant))  # JSON gives a list
+        tasks, levels, formats = TASKS[1:], ("easy", "medium", "hard"), ("png", "jpeg")
+        require(4 <= self.n <= 10_000_000, "--n", self.n, "from 4 to 10000000")
+        require(self.task in tasks, "--task", self.task, f"one of {', '.join(tasks)}")
+        require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
+        require(0 <= self.seed <= MAX_SEED, "--seed", self.seed, f"a whole number from 0 to {MAX_SEED}")
+        require(self.difficulty in levels, "--difficulty", self.difficulty, f"one of {', '.join(levels)}")
+        require(self.format in formats, "--format", self.format, f"one of {', '.join(formats)}")
+        require(self.workers is None or self.workers >= 1, "--workers", self.workers, "1 or more")
+        require(1 <= self.images_per_patient <= 10, "--images-per-patient", self.images_per_patient, "from 1 to 10")
+        for plant in self.plant:
+            kind, _, rest = plant.partition(":")
+            share, _, variant = rest.partition(":")
+            known = kind in ("leak", "shortcut", "mislabel") and re.fullmatch(r"0?\.\d+|[01](\.0*)?", share)
+            variant_ok = not variant or (kind == "shortcut" and variant in SHORTCUTS)
+            require(
+                bool(known) and variant_ok,
+                "--plant",
+                plant,
+                f"leak:F, shortcut:S[:{'|'.join(SHORTCUTS)}] or mislabel:F, F and S from 0 to 1",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig(Saved):
+    """How a folder or CSV becomes a table with a split.
+
+    data: folder of films, or CSV (`path,label[,patient_id][,split]`).
+    task: what the labels are; `auto` looks at them.
+    positive: the class that a binary threshold is about; None picks the one that is not a word for normal.
+    patient_regex: finds the patient id in a file name (first group); None knows Kermany's and NIH's names.
+    test, valid: shares of the whole, by patient. seed: of the split.
+    skip_bad: leave out films that cannot be read, instead of refusing the data.
+    """
+
+    data: str = "data/synthetic"
+    task: str = "auto"
+    positive: str | None = None
+    patient_regex: str | None = None
+    test: float = 0.2
+    valid: float = 0.1
+    seed: int = 0
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.task in TASKS, "--task", self.task, f"one of {', '.join(TASKS)}")
+        require(0 < self.test < 1, "--test", self.test, "a share above 0 and below 1")
+        require(0 < self.valid < 1, "--valid", self.valid, "a share above 0 and below 1")
+        require(self.test + self.valid < 1, "--test plus --valid", self.test + self.valid, "below 1")
+        require(0 <= self.seed <= MAX_SEED, "--seed", self.seed, f"a whole number from 0 to {MAX_SEED}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """One training run.
+
+    name, out: the run folder is `out/name`; without a name train-001, train-002 ...
+    arch: torchvision name. weights: auto, imagenet, phantom, none, or a file.
+    size: side of the square input in pixels. batch_size: films a step.
+    epochs: with all layers trained; freeze_epochs: before them, with the pretrained body kept.
+    lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
+    dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
+    patience: epochs without a better validation AUROC before training stops; 0 never stops.
+    precision: of the arithmetic in training; auto is bf16 where the hardware has it, else fp32.
+    """
+
+    name: str | None = None
+    out: str = "exports"
+    arch: str = "densenet121"
+    weights: str = "auto"
+    size: int = 224
+    batch_size: int = 16
+    epochs: int = 3
+    freeze_epochs: int = 1
+    lr: float | None = 1e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    augment: float = 1.0
+    patience: int = 5
+    precision: str = "auto"
+    device: str = "auto"
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.arch in ARCHITECTURES, "--arch", self.arch, f"one of {', '.join(ARCHITECTURES)}")
+        require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
+        require(2 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "from 2 to 4096")
+        require(1 <= self.epochs <= 10_000, "--epochs", self.epochs, "from 1 to 10000")
+        require(0 <= self.freeze_epochs <= 1000, "--freeze-epochs", self.freeze_epochs, "from 0 to 1000")
+        # No upper bound below infinity: a rate that diverges is found and reported by the training itself.
+        require(self.lr is None or 0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0, or auto")
+        require(0 <= self.weight_decay <= 10, "--weight-decay", self.weight_decay, "from 0 to 10")
+        require(0 <= self.dropout < 1, "--dropout", self.dropout, "from 0 to below 1")
+        require(0 <= self.augment <= 3, "--augment", self.augment, "from 0 (none) to 3 (strong); 1 is the paper's")
+        require(self.patience >= 0, "--patience", self.patience, "0 (never stop early) or more epochs")
+        require(self.precision in PRECISIONS, "--precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.device in DEVICES, "--device", self.device, f"one of {', '.join(DEVICES)}")
+        name_ok = self.name is None or (
+            self.name not in ("", ".", "..", "latest") and "/" not in self.name and "\\" not in self.name
+        )
+        require(name_ok, "--name", self.name, "a plain folder name, other than 'latest'")

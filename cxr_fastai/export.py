@@ -1,0 +1,130 @@
+"""Learner -> learner.pkl and model.onnx, and the check that both say the same.
+
+model.onnx, one file, opset as torch's exporter chooses:
+    in   pixels (N, 1, size, size) float32 in [0, 1], as `images.to_input` gives them
+    out  logits (N, K) · probabilities (N, K) · evidence (N, K, h, w) · features (N, F), float32
+The evidence of a class summed over places, plus the card's bias, is its logit. The card stands as JSON in the
+metadata under `card`: classes, task, threshold, temperature, size, versions, fingerprint of the data.
+"""
+
+import contextlib
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cxr_fastai.errors import TrainingError
+from cxr_fastai.runs import atomic_path
+
+PARITY = 1e-4  # largest difference of a probability between the two files
+OUTPUTS = ("logits", "probabilities", "evidence", "features")
+
+
+def export_learner(learn, path: Path) -> None:
+    """Write the fastai Learner, without films, so that `load_learner` and `predict` work on it.
+
+    With pickle instead of fastai's cloudpickle: functions are stored by name only, no code by value.
+    """
+    import torch
+
+    learn.model.cpu().to(memory_format=torch.contiguous_format)
+    with atomic_path(path) as temporary:
+        learn.export(temporary.absolute(), pickle_module=pickle)
+
+
+def export_onnx(learn, size: int, card: dict[str, Any], path: Path) -> None:
+    """Write model.onnx with `card` in its metadata; refuse weights that are not finite."""
+    import onnx
+    import torch
+
+    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+
+    bad = [name for name, value in learn.model.state_dict().items() if not torch.isfinite(value.float()).all()]
+    if bad:
+        raise TrainingError(f"{len(bad)} weights are not finite (first: {bad[0]}); train with a smaller --lr")
+    body, head = learn.model[0].cpu().eval(), learn.model[1].cpu().eval()
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+            self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+        def forward(self, pixels):
+            maps = self.body((pixels - self.mean) / self.std)
+            features = self.head.pool(maps)
+            logits = self.head.linear(features)
+            probabilities = logits.sigmoid() if card["task"] == "multilabel" else logits.softmax(1)
+            return logits, probabilities, self.head.evidence(maps), features
+
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            Graph().eval(),
+            (torch.rand(2, 1, size, size),),
+            dynamo=True,
+            verbose=False,
+            input_names=["pixels"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: torch.export.Dim("films")},),
+        )
+    assert program is not None  # only torch's older exporter returns None
+    model = program.model_proto
+    model.metadata_props.add(key="card", value=json.dumps(card))
+    onnx.checker.check_model(model)
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from talking: its progress and its notes on its own internals are not for users."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def check_parity(learn, onnx_path: Path, films: np.ndarray) -> float:
+    """Return the largest difference of a probability between the Learner and model.onnx over `films`.
+
+    Parameters
+    ----------
+    films
+        (N, size, size) float32 in [0, 1], as `images.to_input` gives them.
+
+    Raises
+    ------
+    TrainingError
+        Where the difference is above 1e-4.
+    """
+    import torch
+
+    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+    from cxr_fastai.predict import Predictor
+
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    predictor = Predictor(onnx_path)
+    model = learn.model.cpu().eval()
+    worst = 0.0
+    for batch in np.array_split(films, max(1, len(films) // 16)):
+        with torch.no_grad():
+            logits = model((torch.from_numpy(batch[:, None]) - mean) / std)
+        ours = logits.sigmoid() if predictor.card["task"] == "multilabel" else logits.softmax(1)
+        theirs = predictor.run(batch)["probabilities"]
+        worst = max(worst, float(np.abs(ours.numpy() - theirs).max()))
+    if not worst <= PARITY:
+        raise TrainingError(
+            f"model.onnx and learner.pkl differ by {worst:.2g} in a probability, more than {PARITY}; not exported"
+        )
+    return worst

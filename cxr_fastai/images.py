@@ -1,0 +1,216 @@
+"""Every picture file or DICOM object, as one kind of array: float32 (H, W) in [0, 1], bone white, air black.
+
+    source (path, bytes or open file) ──► bytes ──► raster.py or dicom.py ──► Film(pixels, flags, header)
+    Film.pixels ──► to_input(pixels, 224) ──► what a network sees
+
+Training, evaluation, prediction and serving all read through `read_film` or `read_radiograph`, so that the same film is
+the same pixels everywhere. A file that is not one sound film raises `UnreadableImage` with one line that says why and
+what to do; a film that can be read but is doubtful carries flags. Nothing else ever comes out.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import numpy as np
+
+from cxr_fastai import dicom, judge, raster
+from cxr_fastai.errors import UnreadableImage
+from cxr_fastai.raster import printable
+from cxr_fastai.tone import equalise, resize, to_input
+
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k", ".avif")
+IMAGE_SUFFIXES = frozenset((*RASTER_SUFFIXES, ".pgm", ".dcm", ".dicom"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may cost. The defaults keep a reader below 600 MB and 5 s, and let every radiograph pass.
+
+    Attributes
+    ----------
+    max_pixels : int
+        Rows × columns; the largest radiographs have about 22 million.
+    max_bytes : int
+        Length of the file.
+    max_seconds : float
+        CPU time of the reading thread. Looked at whenever a parser asks for more bytes, and at the end; a codec in C is
+        not interrupted, which is why the pixels are limited.
+    """
+
+    max_pixels: int = 25_000_000
+    max_bytes: int = 128 * 1024 * 1024
+    max_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Film:
+    """One radiograph as read.
+
+    Attributes
+    ----------
+    pixels : numpy.ndarray
+        float32 (H, W) in [0, 1], bone white, air black.
+    flags : tuple of str
+        What is doubtful about it, as short words; `FLAGS` explains each.
+    header : mapping of str to str
+        From DICOM, where present: PatientID, ViewPosition, PatientAge, PatientSex, Modality, BodyPartExamined and
+        SOPInstanceUID, and nothing else. Empty for other formats.
+    """
+
+    pixels: np.ndarray
+    flags: tuple[str, ...] = ()
+    header: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "multi-frame": "the file holds several pictures, of which one was read",
+        "colour": "the picture has colours; a radiograph has none",
+        "tiny": "less than 64 pixels wide or high",
+        "aspect": "one side is more than twice as long as the other",
+        "few-grey-levels": "fewer than 32 grey levels",
+        "clipped": "more than 30 % of the picture is plain white",
+        "half-empty": "nearly half of the picture or more is one flat tone",
+        "no-anatomy": "noise, a pattern, text or a gradient, not a picture of a body",
+        "sideways?": "it looks like a chest that lies on its side; the pixels were left as they are",
+        "upside-down?": "it looks like a chest on its head; the pixels were left as they are",
+        "inverted?": "bone looks black and air white; the pixels were left as they are",
+        "polarity-tag-wrong": "the header's polarity contradicts the pixels; the pixels were believed",
+        "modality": "the header does not say that this is a radiograph (CR, DX or RG)",
+        "body-part": "the header names a part of the body that is not the chest",
+        "lateral": "the header says that this is not a frontal view",
+        "burned-in-annotation": "the header says that text is burned into the pixels",
+        "window-ignored": "the header's display window makes no sense and was left out",
+    }
+)
+
+
+def read_radiograph(source: str | Path | bytes | BinaryIO, limits: Limits | None = None) -> np.ndarray:
+    """Read the pixels of one film: float32 (H, W) in [0, 1], bone white, air black.
+
+    Raises
+    ------
+    UnreadableImage
+        If `source` is not one sound film; see `read_film`.
+    """
+    return read_film(source, limits).pixels
+
+
+def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = None, frame: int = 0) -> Film:
+    """Read one film from a path, from bytes or from an open binary file.
+
+    Parameters
+    ----------
+    source : str, Path, bytes or binary file
+        PNG, JPEG, TIFF, BMP, WebP, GIF, JPEG 2000, AVIF, PGM or DICOM; recognised by its bytes, not by its name.
+    limits : Limits, optional
+        What the file may cost in pixels, bytes and seconds.
+    frame : int
+        Which picture of a file that holds several; such a file is flagged "multi-frame".
+
+    Returns
+    -------
+    Film
+        Pixels scaled by their real bit depth and turned upright by EXIF, with flags and the few header fields.
+
+    Raises
+    ------
+    UnreadableImage
+        If the file is missing, damaged, too large, not a picture, or not a radiograph. One printable line.
+    """
+    limits = limits or Limits()
+    data = _read_bytes(source, limits)
+    try:
+        with raster.quiet:
+            return _read(data, limits, frame, time.thread_time() + limits.max_seconds)
+    except UnreadableImage as error:
+        raise UnreadableImage(printable(str(error))) from None
+    except MemoryError:
+        raise UnreadableImage("reading it needs more memory than there is") from None
+    except Exception as error:  # noqa: BLE001 - decoders that are fed damaged bytes raise anything
+        # Only the kind of error: its text may quote the header, and so the patient.
+        if isinstance(error.__cause__ or error.__context__, UnreadableImage):  # the deadline, raised in a parser's read()
+            raise UnreadableImage(printable(str(error.__cause__ or error.__context__))) from None
+        kind = type(error).__name__
+        if kind == "DecompressionBombError":
+            raise UnreadableImage(f"its pixels are more than the {limits.max_pixels:,} allowed") from None
+        raise UnreadableImage(f"the file is damaged or cut short ({kind}); copy or export it again") from None
+
+
+def _read(data: bytes, limits: Limits, frame: int, deadline: float) -> Film:
+    """Read one film from all its bytes, and judge it by its pixels."""
+    header: dict[str, str] = {}
+    if dicom.looks_like_dicom(data):
+        pixels, flags, header = dicom.read(data, limits.max_pixels, limits.max_bytes, frame, deadline)
+    else:
+        pixels, flags = raster.read(data, limits.max_pixels, frame, deadline)
+    if not np.isfinite(pixels.sum(dtype=np.float64)):
+        raise UnreadableImage("some pixels are not numbers (NaN or infinite); export it again")
+    if time.thread_time() > deadline:
+        raise UnreadableImage(f"reading it takes longer than {limits.max_seconds:g} seconds")
+    return Film(pixels, tuple(flags + judge.doubts(pixels)), MappingProxyType(header))
+
+
+def looks_like_film(path: str | Path) -> bool:
+    """Tell whether a walk through a folder should take this file for a film: by its ending, or by DICM inside it."""
+    path = Path(path)
+    if path.name.startswith("."):
+        return False
+    if path.suffix:
+        return path.suffix.lower() in IMAGE_SUFFIXES
+    try:
+        with _open_regular(path) as file:
+            return file.read(132)[128:] == b"DICM"
+    except (OSError, ValueError, UnreadableImage):
+        return False
+
+
+def _open_regular(path: str | Path) -> BinaryIO:
+    """Open an ordinary file, and nothing that would block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise UnreadableImage("it is a folder, not a file" if stat.S_ISDIR(mode) else "it is a device, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_bytes(source: str | Path | bytes | BinaryIO, limits: Limits) -> bytes:
+    """Read all bytes of `source`, unless there are more than the limit allows."""
+    try:
+        if isinstance(source, bytes | bytearray | memoryview):
+            data = bytes(source)
+        elif isinstance(source, str | os.PathLike):
+            with _open_regular(source) as file:
+                data = file.read(limits.max_bytes + 1)
+        else:
+            data = source.read(limits.max_bytes + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name cannot be used"
+        raise UnreadableImage(f"it cannot be opened: {reason}") from None
+    if len(data) > limits.max_bytes:
+        raise UnreadableImage(f"the file is larger than {limits.max_bytes:,} bytes; no radiograph needs that")
+    if not data:
+        raise UnreadableImage("the file is empty")
+    return data
+
+
+__all__ = [
+    "FLAGS",
+    "IMAGE_SUFFIXES",
+    "Film",
+    "Limits",
+    "equalise",
+    "looks_like_film",
+    "printable",
+    "read_film",
+    "read_radiograph",
+    "resize",
+    "to_input",
+]

@@ -1,0 +1,237 @@
+"""The network: a torchvision body, and a head that makes the explanation exact.
+
+    film -> body -> ReLU -> mean over places -> dropout -> one linear layer -> logits
+
+DenseNet's own final ReLU, which fastai's cut drops, is put back, as in the original DenseNet (Huang 2017) and
+CheXNet (Rajpurkar 2017). The head is linear in the mean over places, so each class logit is the sum of a map of
+local contributions, plus a bias: that map is the evidence, part of the forward pass.
+"""
+
+import contextlib
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from fastai.data.all import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import Adam
+from fastai.vision.learner import create_body, model_meta, vision_learner
+from safetensors.torch import load_file
+from torch import nn
+
+from cxr_fastai.config import TrainConfig
+from cxr_fastai.errors import ModelFileError, UsageError
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "densenet121-phantom.safetensors"
+DOWNLOAD_SECONDS = 20.0
+
+
+class EvidenceHead(nn.Module):
+    """Map of features (N, F, h, w) -> logits (N, K), with the evidence for each."""
+
+    def __init__(self, n_features: int, n_classes: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(n_features, n_classes)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return self.linear(self.dropout(self.pool(features)))
+
+    @staticmethod
+    def pool(features: torch.Tensor) -> torch.Tensor:
+        """Return the mean over places of the features that fire, (N, F)."""
+        return torch.relu(features).mean((2, 3))
+
+    def evidence(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the contribution of each place to each logit, (N, K, h, w): its sum plus the bias is the logit."""
+        places = features.shape[2] * features.shape[3]
+        return torch.einsum("nfhw,kf->nkhw", torch.relu(features), self.linear.weight) / places
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What a body starts from: its kind, one line for people, and whether anything was learned before."""
+
+    kind: str
+    detail: str
+    pretrained: bool
+
+
+def architecture(name: str):
+    """Return torchvision's constructor of an architecture."""
+    return getattr(torchvision.models, name)
+
+
+def make_body(name: str) -> tuple[nn.Sequential, dict[str, str]]:
+    """Return the convolutional body of an architecture as fastai cuts it, and torchvision's name -> its name there.
+
+    The weights are random. The names hold every parameter and buffer that stays in the body.
+    """
+    constructor = architecture(name)
+    whole = constructor(weights=None)
+    body = create_body(whole, pretrained=False, cut=model_meta[constructor]["cut"])
+    ours = {id(tensor): key for key, tensor in (*body.named_parameters(), *body.named_buffers())}
+    theirs = {key: ours[id(t)] for key, t in (*whole.named_parameters(), *whole.named_buffers()) if id(t) in ours}
+    return body, theirs
+
+
+def count_features(name: str) -> int:
+    """Return the number of channels that the body of an architecture ends in."""
+    with torch.device("meta"):
+        return make_body(name)[0].eval()(torch.empty(1, 3, 64, 64)).shape[1]
+
+
+def make_learner(dls: DataLoaders, config: TrainConfig, loss: nn.Module) -> tuple[Learner, LoadedWeights]:
+    """Make the fastai Learner of a run: `vision_learner` with the evidence head, weights as `config.weights` says."""
+    learn = vision_learner(
+        dls,
+        architecture(config.arch),
+        normalize=False,  # it stands in the batch transforms already
+        pretrained=False,
+        custom_head=EvidenceHead(count_features(config.arch), len(dls.vocab), config.dropout),
+        loss_func=loss,
+        opt_func=Adam,
+        lr=config.lr or TrainConfig.lr,
+        wd=config.weight_decay,
+        path=Path(config.out),
+    )
+    # A linear layer after ReLU features: zero bias and small weights, as torchvision's own DenseNet starts.
+    nn.init.zeros_(learn.model[1].linear.bias)
+    return learn, load_weights(learn.model[0], config.arch, config.weights)
+
+
+def load_weights(body: nn.Module, arch: str, weights: str) -> LoadedWeights:
+    """Put weights into `body`; see "Weights, in order" in the README.
+
+    Raises
+    ------
+    UsageError
+        Where weights asked for by name cannot be had.
+    ModelFileError
+        Where a file is not readable as weights, or does not hold every tensor of the body.
+    """
+    if weights == "none":
+        return LoadedWeights("none", "random weights, as asked for (--weights none)", False)
+    if weights == "auto":
+        return _best_at_hand(body, arch)
+    if weights == "imagenet":
+        try:
+            return _load_imagenet(body, arch)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"--weights imagenet: not in the cache ({torch.hub.get_dir()}) and the download failed ({error}); "
+                "put the file there, or use --weights auto"
+            ) from error
+    if weights == "phantom":
+        return _load_phantom(body, arch)
+    return _load_file(body, arch, Path(weights), str(weights))
+
+
+def _best_at_hand(body: nn.Module, arch: str) -> LoadedWeights:
+    try:
+        return _load_imagenet(body, arch)
+    except (OSError, RuntimeError) as error:
+        reason = f"ImageNet's are not in the cache and could not be downloaded ({_first_line(error)})"
+    if arch == "densenet121" and SHIPPED_WEIGHTS.is_file():
+        loaded = _load_phantom(body, arch)
+        return LoadedWeights(loaded.kind, f"{loaded.detail}, since {reason}", True)
+    return LoadedWeights("none", f"RANDOM weights: {reason}, and none are shipped for {arch}", False)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_imagenet(body: nn.Module, arch: str) -> LoadedWeights:
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torch.hub sets none: a silent network would hang the run
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            state = weights.get_state_dict(progress=True, check_hash=True)
+    finally:
+        socket.setdefaulttimeout(before)
+    _fill(body, arch, state, f"imagenet ({arch})")
+    return LoadedWeights("imagenet", f"ImageNet weights of {arch} (torchvision {weights.name})", True)
+
+
+def _load_phantom(body: nn.Module, arch: str) -> LoadedWeights:
+    if arch != "densenet121" or not SHIPPED_WEIGHTS.is_file():
+        raise UsageError(
+            f"--weights phantom: none are shipped for {arch}; use --weights auto, imagenet, none or a file"
+        )
+    loaded = _load_file(body, arch, SHIPPED_WEIGHTS, "phantom")
+    return LoadedWeights(
+        "phantom", "phantom weights (trained on synthetic films, shipped with this package)", loaded.pretrained
+    )
+
+
+def _load_file(body: nn.Module, arch: str, path: Path, name: str) -> LoadedWeights:
+    if not path.is_file():
+        raise UsageError(
+            f"--weights {name}: no such file; give a .safetensors or .pth file, or auto, imagenet, phantom, none"
+        )
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything in either library
+        raise ModelFileError(f"--weights {name}: not a file of weights ({_first_line(error)})") from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    matched = _fill(body, arch, state, name)
+    return LoadedWeights("file", f"weights from {path} ({matched} tensors matched)", True)
+
+
+def _fill(body: nn.Module, arch: str, state: object, name: str) -> int:
+    """Copy `state` into `body`; every tensor of the body must be there with its shape. Return how many."""
+    if not isinstance(state, dict):
+        raise ModelFileError(f"--weights {name}: holds a {type(state).__name__}, not a state dict of named tensors")
+    with torch.device("meta"):
+        names = make_body(arch)[1]
+    # A fastai Learner is a body, 0., and a head, 1.
+    learners = all(key.startswith(("0.", "1.")) for key in state) and any(key.startswith("1.") for key in state)
+    plain = {
+        key.removeprefix("0.") if learners else _plain_key(key): value
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+    found = {names.get(key, key): value for key, value in plain.items()}
+    wanted = body.state_dict()
+    missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
+    if missing or wrong:
+        raise ModelFileError(
+            f"--weights {name}: {len(missing)} of {len(wanted)} tensors missing (first: {(missing or ['-'])[0]}), "
+            f"{len(wrong)} of another shape (first: {(wrong or ['-'])[0]}); is it of another architecture?"
+        )
+    matched = {key: found[key] for key in wanted if key in found}
+    body.load_state_dict(matched, strict=False)
+    return len(matched)
+
+
+def _plain_key(key: str) -> str:
+    """Return a tensor's name without the wrappers of DataParallel and CheXNet, in today's spelling."""
+    key = re.sub(r"^(module\.)?(densenet121\.|model\.)?", "", key)
+    # The naming of torchvision before 0.4, as in the CheXNet files that circulate: norm.1 is norm1.
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key)
+
+
+def fold_calibration(learn: Learner, temperature: float, log_weights: torch.Tensor) -> None:
+    """Make the head's logits calibrated ones: (logits - log_weights) / temperature, exactly, in place.
+
+    `log_weights` (K,) takes the class weights of the loss out again (weighted cross-entropy shifts each logit by
+    the logarithm of its class weight); the temperature is Guo 2017's. Both fold into the last linear layer, so that
+    learner.pkl, model.onnx and the evidence all speak of the same probabilities.
+    """
+    linear = learn.model[1].linear
+    with torch.no_grad():
+        linear.weight /= temperature
+        linear.bias.sub_(log_weights.to(linear.bias)).div_(temperature)

@@ -1,0 +1,445 @@
+"""Write a folder of phantoms: images, labels.csv, masks, dataset.json, with planted defects on request.
+
+    from cxr_fastai.phantom import GenerateConfig, generate
+    table = generate(GenerateConfig(out="data/synthetic", n=750, seed=0))
+
+Everything about an image is decided before any is drawn, and each image has a generator of its own, so the bytes do not depend
+on the number of worker processes. The folder is built beside its place and renamed into it when it is whole.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from cxr_fastai.errors import DataError, UsageError
+from cxr_fastai.phantom.anatomy import Patient, sample_patient
+from cxr_fastai.phantom.film import DIFFICULTIES, FINDINGS, GENERATOR_VERSION, SIZES, render, sample
+
+NAME = "cxr_fastai.phantom"
+TASKS = ("binary", "multiclass", "multilabel")
+FORMATS = {"png": ".png", "jpeg": ".jpg"}
+SHORTCUTS = ("marker", "border", "brightness", "format")
+NORMAL = "No Finding"
+COLUMNS = ["path", "label", "patient_id", "findings", "view", "age", "sex", "seed"]
+_JPEG_QUALITY = 92
+_CHUNK = 8  # images handed to a worker at once
+
+
+def _parse_plant(text: str) -> tuple[str, float, str]:
+    """Split `kind:amount[:what]` into its parts, or raise UsageError."""
+    kind, _, rest = text.partition(":")
+    amount, _, what = rest.partition(":")
+    if kind not in ("leak", "shortcut", "mislabel"):
+        raise UsageError(f"--plant {text!r}: unknown kind {kind!r}; use leak:F, shortcut:S[:KIND] or mislabel:F")
+    try:
+        value = float(amount)
+    except ValueError:
+        raise UsageError(f"--plant {text!r}: {amount!r} is not a number; write for example {kind}:0.1") from None
+    if not 0.0 < value <= 1.0:
+        raise UsageError(f"--plant {text!r}: {amount} is out of range; use a fraction above 0 and up to 1")
+    if kind != "shortcut" and what:
+        raise UsageError(f"--plant {text!r}: only shortcut takes a third part; write {kind}:{amount}")
+    what = what or ("marker" if kind == "shortcut" else "")
+    if kind == "shortcut" and what not in SHORTCUTS:
+        raise UsageError(f"--plant {text!r}: unknown shortcut {what!r}; use one of {', '.join(SHORTCUTS)}")
+    return kind, value, what
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `generate` is to write.
+
+    Parameters
+    ----------
+    out
+        Folder to write; replaced if it is a dataset of ours.
+    n
+        Number of films, without the copies that `leak` adds.
+    task
+        binary (half normal, half abnormal), multiclass (one finding a film, classes of equal size) or multilabel.
+    size
+        Side in pixels, 64 to 1024.
+    seed
+        Same seed, same bytes.
+    difficulty
+        easy, medium or hard: how severe findings are.
+    format
+        png or jpeg.
+    plant
+        Known defects: `leak:F`, `shortcut:S[:marker|border|brightness|format]`, `mislabel:F`.
+    workers
+        Processes; None for one a core.
+    images_per_patient
+        Mean number of films of one patient, 1 to 3.
+
+    Raises
+    ------
+    UsageError
+        If an option makes no sense; the message names its flag.
+    """
+
+    out: str = "data/synthetic"
+    n: int = 750
+    task: str = "binary"
+    size: int = 224
+    seed: int = 0
+    difficulty: str = "medium"
+    format: str = "png"
+    plant: tuple[str, ...] = ()
+    workers: int | None = None
+    images_per_patient: float = 1.2
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        if not str(self.out).strip():
+            raise UsageError("--out is empty: name a folder to write")
+        if self.n < 2:
+            raise UsageError(f"--n {self.n} is too few: use at least 2")
+        for flag, value, allowed in (
+            ("--task", self.task, TASKS),
+            ("--difficulty", self.difficulty, tuple(DIFFICULTIES)),
+            ("--format", self.format, tuple(FORMATS)),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")
+        if not SIZES[0] <= self.size <= SIZES[1]:
+            raise UsageError(f"--size {self.size} is out of range: use {SIZES[0]} to {SIZES[1]}")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative: use 0 or more")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers} is too few: use at least 1")
+        if not 1.0 <= self.images_per_patient <= 3.0:
+            raise UsageError(f"--images-per-patient {self.images_per_patient} is out of range: use 1 to 3")
+        kinds = [_parse_plant(text)[0] for text in self.plant]
+        if len(set(kinds)) < len(kinds):
+            raise UsageError(f"--plant names {max(kinds, key=kinds.count)} twice: name each kind once")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to write: everything is decided, nothing is left to chance or to the order of work."""
+
+    folder: str
+    path: str
+    label: str
+    patient_id: str
+    findings: tuple[str, ...]
+    patient: Patient
+    seed: int
+    size: int
+    difficulty: str
+    shortcut: str = ""
+    copy_seed: int | None = None
+
+    @property
+    def stem(self) -> str:
+        return Path(self.path).stem
+
+
+def _labels(config: GenerateConfig, rng: np.random.Generator) -> list[tuple[str, ...]]:
+    """Findings of each film, in shuffled order, with the class sizes that the task promises."""
+    n = config.n
+    if config.task == "multiclass":
+        names: list[tuple[str, ...]] = [(), *((name,) for name in FINDINGS)]
+        rows = [names[index % len(names)] for index in range(n)]
+    else:
+        normal = math.ceil(0.4 * n) if config.task == "multilabel" else n - n // 2
+        odds = (0.45, 0.35, 0.20) if config.task == "multilabel" else (0.75, 0.20, 0.05)
+        rows = [()] * normal
+        for index in range(n - normal):
+            first = FINDINGS[index % len(FINDINGS)]
+            others = [name for name in FINDINGS if name != first]
+            more = rng.choice(others, int(rng.choice(3, p=odds)), replace=False)
+            rows.append(tuple(sorted((first, *(str(name) for name in more)))))
+    return [rows[index] for index in rng.permutation(n)]
+
+
+def _people(config: GenerateConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Patient number and follow-up of each film: one to three films a patient."""
+    more = (config.images_per_patient - 1) / 2
+    rows: list[tuple[int, int]] = []
+    patient = 0
+    while len(rows) < config.n:
+        patient += 1
+        follow = int(rng.integers(0, 6))
+        rows += [(patient, follow + film) for film in range(1 + int(rng.binomial(2, more)))]
+    return rows[: config.n]
+
+
+def _label(task: str, findings: tuple[str, ...]) -> str:
+    """Label column of a film with these findings."""
+    if task == "binary":
+        return "abnormal" if findings else "normal"
+    if task == "multiclass":
+        return findings[0] if findings else "normal"
+    return "|".join(findings) or NORMAL
+
+
+def _path(config: GenerateConfig, label: str, stem: str, suffix: str) -> str:
+    folder = "films" if config.task == "multilabel" else label
+    return f"images/{folder}/{stem}{suffix}"
+
+
+def _plan(config: GenerateConfig, folder: Path) -> list[_Job]:
+    """Decide every film of a dataset without its defects."""
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1,)))
+    jobs: list[_Job] = []
+    people: dict[int, Patient] = {}
+    for index, (findings, (number, follow)) in enumerate(
+        zip(_labels(config, rng), _people(config, rng), strict=True)
+    ):
+        if number not in people:
+            people[number] = sample_patient(
+                np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(2, number)))
+            )
+        state = np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)
+        label = _label(config.task, findings)
+        jobs.append(
+            _Job(
+                folder=str(folder),
+                path=_path(config, label, f"{number:08d}_{follow:03d}", FORMATS[config.format]),
+                label=label,
+                patient_id=f"{number:08d}",
+                findings=findings,
+                patient=people[number],
+                seed=int(state[0] >> np.uint64(1)),
+                size=config.size,
+                difficulty=config.difficulty,
+            )
+        )
+    return jobs
+
+
+def _chosen(rng: np.random.Generator, n: int, fraction: float) -> list[int]:
+    return sorted(int(index) for index in rng.permutation(n)[: max(1, round(fraction * n))])
+
+
+def _plant_mislabel(config: GenerateConfig, jobs: list[_Job], fraction: float, rng: np.random.Generator) -> list[str]:
+    """Flip labels (and folders) of a fraction of the films in place; the findings stay true."""
+    names = {"binary": ("normal", "abnormal"), "multiclass": ("normal", *FINDINGS), "multilabel": (NORMAL, *FINDINGS)}
+    for index in _chosen(rng, len(jobs), fraction):
+        job = jobs[index]
+        wrong = str(rng.choice([name for name in names[config.task] if name != job.label]))
+        jobs[index] = replace(job, label=wrong, path=_path(config, wrong, job.stem, Path(job.path).suffix))
+    return []
+
+
+def _plant(config: GenerateConfig, jobs: list[_Job]) -> tuple[list[_Job], list[dict[str, object]]]:
+    """Plant the defects asked for: the jobs with them, and a record of what concerns which files."""
+    record: list[dict[str, object]] = []
+    plants = {kind: (amount, what) for kind, amount, what in map(_parse_plant, config.plant)}
+    for number, kind in enumerate(("mislabel", "shortcut", "leak")):
+        if kind not in plants:
+            continue
+        amount, what = plants[kind]
+        rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(3, number)))
+        before = list(jobs)
+        if kind == "mislabel":
+            _plant_mislabel(config, jobs, amount, rng)
+            paths: list[object] = [new.path for old, new in zip(before, jobs, strict=True) if new.label != old.label]
+        elif kind == "shortcut":
+            jobs = [_with_shortcut(config, job, what, amount, rng) for job in jobs]
+            paths = [job.path for job in jobs if job.shortcut]
+        else:
+            start = max(int(job.patient_id) for job in jobs)
+            copies = [
+                _copy(config, jobs[index], start + 1 + count, int(rng.integers(2**31)))
+                for count, index in enumerate(_chosen(rng, len(jobs), amount))
+            ]
+            originals = {(job.seed, job.findings): job.path for job in jobs}
+            paths = [[originals[(job.seed, job.findings)], job.path] for job in copies]
+            jobs = jobs + copies
+        entry: dict[str, object] = {"kind": kind, "amount": amount, "paths": paths}
+        record.append(entry | ({"what": what} if what else {}))
+    return jobs, record
+
+
+def _with_shortcut(config: GenerateConfig, job: _Job, what: str, strength: float, rng: np.random.Generator) -> _Job:
+    """Give the shortcut to a film: with probability S where its label is abnormal, 1 - S where it is normal."""
+    normal = job.label in ("normal", NORMAL)
+    carries = bool(rng.random() < (1 - strength if normal else strength))
+    if not carries:
+        return job
+    path = job.path
+    if what == "format":
+        path = str(Path(path).with_suffix(".jpg" if config.format == "png" else ".png").as_posix())
+    return replace(job, path=path, shortcut=what)
+
+
+def _copy(config: GenerateConfig, job: _Job, number: int, seed: int) -> _Job:
+    stem = f"{number:08d}_{0:03d}"
+    path = _path(config, job.label, stem, Path(job.path).suffix)
+    return replace(job, path=path, patient_id=f"{number:08d}", copy_seed=seed)
+
+
+def _retouch(pixels: np.ndarray, job: _Job) -> np.ndarray:
+    """Apply what was planted to a uint8 film (size, size): a copy's small changes, or a shortcut."""
+    image = pixels.astype(np.float32)
+    size = job.size
+    if job.shortcut == "marker":
+        side, top = size // 14, size // 20
+        image[top : top + side, top : top + side] = 250
+        image[top + side // 4 : top + side - side // 4, top + side // 4 : top + side - side // 4] = 20
+    elif job.shortcut == "border":
+        width = max(2, size // 40)
+        image[:width], image[-width:], image[:, :width], image[:, -width:] = 235, 235, 235, 235
+    elif job.shortcut == "brightness":
+        image = image * 0.88 + 28
+    if job.copy_seed is not None:
+        rng = np.random.default_rng(job.copy_seed)
+        cut = [int(c) for c in rng.integers(0, max(2, size // 56), 4)]
+        film = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+        film = film.crop((cut[0], cut[1], size - cut[2], size - cut[3])).resize((size, size), Image.Resampling.BICUBIC)
+        image = np.asarray(film, dtype=np.float32) * rng.uniform(0.97, 1.03) + rng.uniform(-3, 3)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _write(job: _Job) -> tuple[str, int, str]:
+    """Render one film and write it with its masks; return its view, age and sex."""
+    rng = np.random.default_rng(job.seed)
+    film = render(sample(rng, findings=job.findings, difficulty=job.difficulty, patient=job.patient), job.size)
+    pixels = np.rint(film.pixels * 255).astype(np.uint8)
+    if job.shortcut or job.copy_seed is not None:
+        pixels = _retouch(pixels, job)
+    target = Path(job.folder) / job.path
+    if target.suffix == ".png":
+        Image.fromarray(pixels).save(target, compress_level=3)
+    else:
+        Image.fromarray(pixels).save(target, quality=_JPEG_QUALITY)
+    for name, mask in film.masks.items():
+        drawn = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+        drawn.save(Path(job.folder) / "masks" / f"{job.stem}__{name}.png", compress_level=1)
+    return film.view, film.age, film.sex
+
+
+def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[str, int, str]]:
+    """Write all films, in order of the jobs, in this process or in several."""
+    workers = min(workers, -(-len(jobs) // 24))
+    if workers == 1:
+        yield from map(_write, jobs)
+        return
+    # Spawned, not forked: the caller may have threads running, and forking those can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield from pool.map(_write, jobs, chunksize=_CHUNK)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("generator") == NAME
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _check_target(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file, not a folder: name another --out")
+    if any(out.iterdir()) and not _is_ours(out):
+        raise DataError(f"{out} holds files that are not a generated dataset: name another --out, or empty it")
+
+
+def _put_in_place(built: Path, out: Path) -> None:
+    """Rename a finished folder to its place; an older dataset there goes only once the new one stands."""
+    if not out.exists():
+        built.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
+    out.rename(old)
+    try:
+        built.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None = None) -> pd.DataFrame:
+    """Write a dataset of phantoms.
+
+    Parameters
+    ----------
+    config
+        What to write and where.
+    progress
+        Called after each film with the number done and the number of all.
+
+    Returns
+    -------
+    DataFrame
+        The table written as labels.csv: path, label, patient_id, findings, view, age, sex, seed.
+
+    Raises
+    ------
+    DataError
+        If `out` holds something that is not a generated dataset. It is left as it is.
+    """
+    out = Path(config.out).resolve()
+    _check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    built = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    try:
+        jobs, planted = _plan(config, built), []
+        jobs, planted = _plant(config, jobs)
+        table = _fill(config, built, jobs, planted, progress)
+        built.chmod(0o777 & ~_umask())
+        _put_in_place(built, out)
+    finally:
+        shutil.rmtree(built, ignore_errors=True)
+    return table
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fill(
+    config: GenerateConfig,
+    built: Path,
+    jobs: list[_Job],
+    planted: list[dict[str, object]],
+    progress: Callable[[int, int], None] | None,
+) -> pd.DataFrame:
+    """Write films, masks, labels.csv and dataset.json into a folder."""
+    (built / "masks").mkdir()
+    for folder in sorted({Path(job.path).parent for job in jobs}):
+        (built / folder).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for done, (job, (view, age, sex)) in enumerate(zip(jobs, _run(jobs, config.workers or os.cpu_count() or 1), strict=True)):
+        findings = "|".join(job.findings) or NORMAL
+        rows.append((job.path, job.label, job.patient_id, findings, view, age, sex, job.seed))
+        if progress:
+            progress(done + 1, len(jobs))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    text = table.to_csv(index=False, lineterminator="\n").encode()
+    (built / "labels.csv").write_bytes(text)
+    asked = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
+    about = {
+        "generator": NAME,
+        "version": GENERATOR_VERSION,
+        "config": asked,
+        "planted": planted,
+        "labels_sha256": hashlib.sha256(text).hexdigest(),
+    }
+    (built / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return table

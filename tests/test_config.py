@@ -1,0 +1,62 @@
+import pytest
+
+from cxr_fastai.config import GenerateConfig, TrainConfig
+from cxr_fastai.errors import UsageError
+
+
+def test_defaults_are_the_papers() -> None:
+    config = TrainConfig()
+    assert (config.arch, config.size, config.batch_size, config.lr, config.epochs) == ("densenet121", 224, 16, 1e-3, 3)
+    assert config.test == 0.2
+    assert GenerateConfig().n == 750
+
+
+def test_json_gives_the_same_config_back() -> None:
+    config = TrainConfig(data="x", lr=None, name="a")
+    assert TrainConfig.from_json(config.to_json()) == config
+    planted = GenerateConfig(plant=("leak:0.1", "shortcut:0.9:border"))
+    assert GenerateConfig.from_json(planted.to_json()) == planted
+
+
+def test_unknown_setting_is_named() -> None:
+    with pytest.raises(UsageError, match="unknown setting epoch; known are arch, augment"):
+        TrainConfig.from_json('{"epoch": 3}')
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "--epochs is 0, but must be from 1 to 10000"),
+        ({"lr": 0.0}, "--lr is 0.0, but must be a number above 0, or auto"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"arch": "vit"}, "--arch is vit, but must be one of densenet121"),
+        ({"size": 16}, "--size is 16, but must be from 32 to 1024"),
+        ({"batch_size": 1}, "--batch-size is 1"),
+        ({"test": 0.6, "valid": 0.5}, "--test plus --valid is 1.1, but must be below 1"),
+        ({"name": "a/b"}, "--name is a/b, but must be a plain folder name"),
+        ({"name": "latest"}, "--name is latest"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"precision": "fp8"}, "--precision is fp8, but must be one of auto, fp32, bf16, fp16"),
+        ({"task": "guess"}, "--task is guess"),
+    ],
+)
+def test_training_settings_are_checked(setting: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"n": 1}, "--n is 1, but must be from 4"),
+        ({"size": 5000}, "--size is 5000"),
+        ({"plant": ("leak",)}, "--plant is leak, but must be leak:F"),
+        ({"plant": ("shortcut:0.9:colour",)}, "--plant is shortcut:0.9:colour"),
+        ({"plant": ("leak:1.5",)}, "--plant is leak:1.5"),
+        ({"difficulty": "huge"}, "--difficulty is huge, but must be one of easy, medium, hard"),
+        ({"workers": 0}, "--workers is 0"),
+    ],
+)
+def test_generate_settings_are_checked(setting: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GenerateConfig(**setting)

@@ -1,0 +1,424 @@
+"""The table: every layout is read, patients are known, and no split tears one apart."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_fastai.errors import DataError, UsageError
+from cxr_fastai.table import check_split, load_table, positive_class, split_table
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "real-cxr"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films at {REAL}")
+
+
+def film(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (1, 1)).save(path)
+
+
+def tree(root, *names):
+    for name in names:
+        film(root / name)
+    return root
+
+
+def listing(root, text, *films, name="labels.csv"):
+    tree(root, *films)
+    path = root / name
+    root.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def made(labels, patients=None, **columns):
+    """Make a table of files that nobody opens."""
+    n = len(labels)
+    patients = [f"p{i}" for i in range(n)] if patients is None else patients
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "label": labels, "patient_id": patients, "split": ""})
+    several = any("|" in label or not label for label in labels)
+    table.attrs = {"task": "multilabel" if several else "multiclass"}
+    return table.assign(**columns)
+
+
+# Layouts
+
+
+def test_class_folders(tmp_path):
+    tree(tmp_path, "sick/b.png", "sick/deep/c.JPG", "normal/a.png", "normal/.hidden.png", "__MACOSX/normal/._a.png")
+    (tmp_path / "normal" / "notes.txt").write_text("x")
+    table = load_table(tmp_path)
+    assert list(table.columns) == ["path", "label", "patient_id", "split"]
+    assert table["path"].tolist() == [str(tmp_path / p) for p in ("normal/a.png", "sick/b.png", "sick/deep/c.JPG")]
+    assert table["label"].tolist() == ["normal", "sick", "sick"]
+    assert table["patient_id"].tolist() == ["a", "b", "c"]
+    assert set(table["split"]) == {""}
+    assert table.attrs == {
+        "task": "binary",
+        "classes": ["normal", "sick"],
+        "patients_from": "one patient an image",
+        "source": str(tmp_path),
+    }
+
+
+def test_split_folders(tmp_path):
+    tree(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "TEST/a/5.png", "TEST/b/6.png")
+    table = load_table(tmp_path)
+    assert dict(zip(table["patient_id"], table["split"], strict=True)) == {
+        "1": "train", "2": "train", "3": "valid", "4": "valid", "5": "test", "6": "test",
+    }  # fmt: skip
+    assert table["label"].tolist() == ["a", "b"] * 3
+
+
+def test_images_folder_beside_masks(tmp_path):
+    tree(tmp_path, "images/normal/1.png", "images/abnormal/2.png", "masks/abnormal/2.png")
+    assert load_table(tmp_path)["label"].tolist() == ["abnormal", "normal"]
+
+
+def test_dataset_folder_uses_its_labels_csv(tmp_path):
+    text = (
+        "path,label,patient_id,findings,view,age,sex,seed\n"
+        "images/normal/1.png,normal,P1,,PA,40,F,1\nimages/abnormal/2.png,abnormal,P2,Effusion|Mass,AP,50.5,M,2\n"
+    )
+    listing(tmp_path, text, "images/normal/1.png", "images/abnormal/2.png", "images/abnormal/not_listed.png")
+    table = load_table(tmp_path)
+    assert table["path"].tolist() == [str(tmp_path / "images/abnormal/2.png"), str(tmp_path / "images/normal/1.png")]
+    assert table["patient_id"].tolist() == ["P2", "P1"]
+    assert table["age"].tolist() == [50.5, 40.0]
+    assert table.loc[0, ["findings", "view", "sex", "seed"]].tolist() == ["Effusion|Mass", "AP", "M", "2"]
+    assert table.attrs["task"] == "binary"
+    assert table.attrs["patients_from"] == "column patient_id"
+
+
+@pytest.mark.parametrize("record", [{"task": "multilabel"}, {"config": {"task": "multilabel"}}])
+def test_dataset_json_makes_it_multilabel(tmp_path, record):
+    text = "path,label,findings\n1.png,normal,\n2.png,abnormal,Mass|Effusion\n3.png,abnormal,Mass\n"
+    listing(tmp_path, text, "1.png", "2.png", "3.png")
+    (tmp_path / "dataset.json").write_text(json.dumps(record))
+    table = load_table(tmp_path)
+    assert table["label"].tolist() == ["", "Effusion|Mass", "Mass"]
+    assert (table.attrs["task"], table.attrs["classes"]) == ("multilabel", ["Effusion", "Mass"])
+    assert load_table(tmp_path, task="binary")["label"].tolist() == ["normal", "abnormal", "abnormal"]
+
+
+def test_csv_with_bars_is_multilabel(tmp_path):
+    text = "path,label\n1.png,No Finding\n2.png, Mass | Effusion \n3.png,\n4.png,Mass\n"
+    table = load_table(listing(tmp_path, text, "1.png", "2.png", "3.png", "4.png", name="mine.csv"))
+    assert table["label"].tolist() == ["", "Effusion|Mass", "", "Mass"]
+    assert (table.attrs["task"], table.attrs["classes"]) == ("multilabel", ["Effusion", "Mass"])
+
+
+def test_csv_of_excel_with_split_and_sub_folder(tmp_path):
+    text = "﻿path,label,split\nx/1.png,a,Training\nx/2.png,b,VAL\nx/3.png,c,test\n"
+    table = load_table(listing(tmp_path, text, "x/1.png", "x/2.png", "x/3.png"))
+    assert table["split"].tolist() == ["train", "valid", "test"]
+    assert table.attrs["task"] == "multiclass"
+
+
+def test_csv_paths_may_be_those_of_the_current_folder(tmp_path, monkeypatch):
+    tree(tmp_path, "films/1.png", "films/2.png")
+    path = listing(tmp_path / "run", "path,label\nfilms/1.png,a\nfilms/2.png,b\n", name="split.csv")
+    monkeypatch.chdir(tmp_path)
+    assert load_table(path)["path"].tolist() == ["films/1.png", "films/2.png"]
+
+
+def test_repeated_rows_count_once(tmp_path):
+    text = "path,label\n1.png,a\n./1.png,a\n2.png,b\n"
+    assert len(load_table(listing(tmp_path, text, "1.png", "2.png"))) == 2
+
+
+def test_other_csv_files_in_the_folder_do_not_matter(tmp_path):
+    listing(tree(tmp_path, "a/1.png", "b/2.png"), "id,age\n1,40\n", name="manifest.csv")
+    assert load_table(tmp_path)["label"].tolist() == ["a", "b"]
+
+
+def test_a_link_back_up_ends(tmp_path):
+    tree(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert len(load_table(tmp_path)) == 2
+
+
+# Patients
+
+
+@pytest.mark.parametrize(
+    ("name", "patient", "source"),
+    [
+        ("person123_bacteria_456.jpeg", "person123", "Kermany file names"),
+        ("NORMAL2-IM-0536-0001.jpeg", "NORMAL2-IM-0536", "Kermany file names"),
+        ("IM-0122-0001.jpeg", "IM-0122", "Kermany file names"),
+        ("IM-0618-0001-0002.jpeg", "IM-0618", "Kermany file names"),
+        ("00000013_005.png", "00000013", "NIH file names"),
+        ("patient00001/study1/view1_frontal.jpg", "patient00001", "CheXpert folders"),
+        ("p10/p10000032/s50414267/02aa804e.jpg", "p10000032", "MIMIC folders"),
+        ("scan_7.png", "scan_7", "one patient an image"),
+    ],
+)
+def test_patients_from_names(tmp_path, name, patient, source):
+    table = load_table(tree(tmp_path, f"a/{name}", f"b/{name.replace('1', '9').replace('0', '8').replace('7', '8')}"))
+    assert table["patient_id"][0] == patient
+    assert table.attrs["patients_from"] == source
+
+
+def test_equal_names_in_two_folders_are_not_one_patient(tmp_path):
+    assert load_table(tree(tmp_path, "a/1.png", "b/1.png"))["patient_id"].tolist() == ["a/1.png", "b/1.png"]
+
+
+def test_patients_from_a_pattern(tmp_path):
+    tree(tmp_path, "a/x1_1.png", "a/x1_2.png", "b/x2_1.png")
+    table = load_table(tmp_path, patient_regex=r"^(x\d)_")
+    assert table["patient_id"].tolist() == ["x1", "x1", "x2"]
+    assert table.attrs["patients_from"] == r"pattern ^(x\d)_"
+    assert load_table(tmp_path, patient_regex=r"x\d")["patient_id"].tolist() == ["x1", "x1", "x2"]
+    assert load_table(tmp_path, patient_regex=r"^(\w)/")["patient_id"].tolist() == ["a", "a", "b"]
+
+
+def test_patients_where_the_column_is_empty(tmp_path):
+    text = "path,label,patient_id\n1.png,a,007\n2.png,a,\n3.png,b,Unknown\n"
+    table = load_table(listing(tmp_path, text, "1.png", "2.png", "3.png"))
+    assert table["patient_id"].tolist() == ["007", "2", "3"]
+    assert table.attrs["patients_from"] == "one patient an image (2 images), column patient_id (1 images)"
+
+
+def test_patients_from_dicom_headers(tmp_path):
+    import pydicom
+
+    tree(tmp_path, "b/3.png")
+    (tmp_path / "a").mkdir()
+    for name, patient in (("1.dcm", "K7"), ("2.dcm", "Anonymous")):
+        header = pydicom.Dataset()
+        header.PatientID = patient
+        header.save_as(tmp_path / "a" / name, implicit_vr=True, little_endian=True)
+    (tmp_path / "a" / "4.dcm").write_bytes(b"not DICOM")
+    table = load_table(tmp_path)
+    assert table["patient_id"].tolist() == ["K7", "2", "4", "3"]
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no images in it; make one folder for each class"),
+        (["1.png"], r"images such as 1.png are in no class folder; make one folder for each class"),
+        (["a/1.png"], r"has only one class, a \(1 image\); at least two are needed"),
+        (["a/1.png", "b/.x.png"], r"class folder .*/b has no images; put some in, or remove the folder"),
+        (["train/a/1.png", "other/b/2.png"], "has train beside other; keep one kind of folder there"),
+    ],
+)
+def test_folder_faults(tmp_path, files, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(tree(tmp_path, *files))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read as CSV"),
+        ("path,label\n", "lists no images; give one row an image"),
+        ("file;class\n1.png;a\n", r"has no column path or label; it has: file;class; rename them to path,label"),
+        ("path,diagnosis\n1.png,a\n", r"has no column label; it has: path, diagnosis; rename"),
+        (
+            "path,label\n1.png,a\nx.png,b\ny.png,b\nz.png,b\nw.png,b\n,b\n",
+            r"lists 5 files of 6 that cannot be found: x.png, y.png, z.png ...; paths are relative to /",
+        ),
+        ("path,label\n1.png,a\n./1.png,b\n", r"gives 1 image two values of label: .*1.png is a and b; keep one row"),
+        ("path,label,patient_id\n1.png,a,p\n1.png,a,q\n", "two values of patient_id: .*1.png is p and q"),
+        ("path,label,split\n1.png,a,dev\n2.png,b,\n", "has unknown split dev; use train, valid or test"),
+        ("path,label\n1.png,a\n2.png,\n", r"1 image without a label, such as .*2.png; fill in or remove"),
+        ("path,label\n1.png,No Finding\n2.png,none|normal\n", "has no findings at all in 2 images"),
+        ("path,label\n1.png,a\n2.png,a\n", "has only one class, a"),
+    ],
+)
+def test_csv_faults(tmp_path, text, message):
+    path = listing(tmp_path, text, "1.png", "2.png", name="mine.csv")
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_source_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere does not exist; give a folder of class folders or a CSV"):
+        load_table(tmp_path / "nowhere")
+
+
+def test_task_faults(tmp_path):
+    tree(tmp_path, "a/1.png", "b/2.png", "c/3.png")
+    with pytest.raises(DataError, match=r"task binary cannot have 3 classes \(a, b, c\); merge them"):
+        load_table(tmp_path, task="binary")
+    with pytest.raises(UsageError, match="task 'both' is not one of auto, binary, multiclass, multilabel"):
+        load_table(tmp_path, task="both")  # type: ignore[arg-type]
+    path = listing(tmp_path, "path,label,findings\na/1.png,x|y,\nb/2.png,y,\n")
+    with pytest.raises(DataError, match="task multiclass cannot have several labels an image"):
+        load_table(path, task="multiclass")
+    path = listing(tmp_path, "path,label,findings\na/1.png,sick,\nb/2.png,normal,\n")
+    with pytest.raises(DataError, match=r"1 image labelled but without findings, such as .*1.png \(sick\)"):
+        load_table(path, task="multilabel")
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match=r"dataset.json cannot be read"):
+        load_table(tmp_path)
+
+
+def test_pattern_faults(tmp_path):
+    tree(tmp_path, "a/x1.png", "b/y.png")
+    with pytest.raises(DataError, match=r"does not match b/y.png; it must find a patient in every name"):
+        load_table(tmp_path, patient_regex=r"x\d")
+    with pytest.raises(UsageError, match=r"patient pattern '\(' is not a regular expression"):
+        load_table(tmp_path, patient_regex="(")
+
+
+# The split
+
+
+def counts(table):
+    return table.groupby(["split", "label"]).size().unstack(fill_value=0)
+
+
+def test_the_papers_750_films_are_split_exactly():
+    table = split_table(made(["abnormal", "normal"] * 375))
+    assert table["split"].value_counts().to_dict() == {"train": 525, "test": 150, "valid": 75}
+    assert counts(table).loc["test"].tolist() == [75, 75]
+    assert abs(counts(table).loc["valid"] - 37.5).max() == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_patient_is_on_both_sides_and_classes_keep_their_share(seed):
+    rng = np.random.default_rng(seed)
+    patients = rng.integers(0, 300, 900)
+    labels = np.where(np.arange(300) % 5 == 0, "rare", "common")[patients]  # a label belongs to a patient
+    table = split_table(made(labels, patients.astype(str)), seed=seed)
+    check_split(table)
+    assert (table.groupby("patient_id")["split"].nunique() == 1).all()
+    whole = table["label"].value_counts()
+    for split, part in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        assert (counts(table).loc[split] - part * whole).abs().max() <= 2
+
+
+def test_large_and_small_patients_are_in_every_split():
+    sizes = [6] * 50 + [1] * 300
+    table = split_table(made(["a", "b"] * 300, np.repeat(np.arange(350), sizes).astype(str)))
+    large = table.groupby("patient_id")["split"].agg(["size", "first"]).query("size == 6")["first"].value_counts()
+    assert large.to_dict() == {"train": 35, "test": 10, "valid": 5}
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order():
+    table = made(["a", "b", "c"] * 40, [f"p{i // 2}" for i in range(120)])
+    once = split_table(table, seed=1).set_index("path")["split"]
+    again = split_table(table.sample(frac=1, random_state=0), seed=1).set_index("path")["split"]
+    assert once.equals(again.loc[once.index])
+    assert not once.equals(split_table(table, seed=2).set_index("path")["split"])
+    assert set(table["split"]) == {""}
+
+
+def test_multilabel_split_keeps_the_share_of_every_finding():
+    rng = np.random.default_rng(0)
+    draw = rng.random((1000, 4)) < [0.3, 0.1, 0.05, 0.01]
+    labels = ["|".join(n for n, yes in zip(("A", "B", "C", "D"), row, strict=True) if yes) for row in draw]
+    table = split_table(made(labels))
+    found = table["label"].str.get_dummies("|").groupby(table["split"]).sum()
+    for split, part in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        assert (found.loc[split] - part * found.sum()).abs().max() <= 2
+        assert abs((table["split"] == split).sum() - 1000 * part) <= 2
+    assert (found > 0).all(axis=None)
+
+
+def test_three_patients_of_a_class_are_enough():
+    table = split_table(made(["common"] * 97 + ["rare"] * 3))
+    assert counts(table)["rare"].tolist() == [1, 1, 1]
+
+
+def test_fraction_zero_makes_no_split():
+    assert set(split_table(made(["a", "b"] * 20), valid=0)["split"]) == {"train", "test"}
+
+
+def test_splits_of_the_source_are_kept_and_valid_comes_out_of_train():
+    given = ["test"] * 20 + ["train"] * 80
+    table = split_table(made(["a", "b"] * 50, [f"p{i // 4}" for i in range(100)], split=given))
+    assert (table["split"][:20] == "test").all()
+    assert table["split"].value_counts().to_dict() == {
+        "train": 72,
+        "test": 20,
+        "valid": 8,
+    }  # 10, to the nearest patient
+    whole = made(["a", "b"] * 3, split=["train", "train", "valid", "valid", "test", "test"])
+    assert split_table(whole)["split"].equals(whole["split"])
+
+
+def test_split_faults():
+    with pytest.raises(
+        DataError, match=r"split valid has no image of rare \(rare: 2 patients in all\); add patients of it, merge it"
+    ):
+        split_table(made(["common"] * 97 + ["rare"] * 2, [f"p{i}" for i in range(99)]))
+    with pytest.raises(DataError, match="1 of 2 images have no split; fill in all, or none"):
+        split_table(made(["a", "b"], split=["train", ""]))
+    with pytest.raises(DataError, match="the split has no train, only test"):
+        split_table(made(["a", "b"], split="test"))
+    with pytest.raises(DataError, match="2 images in train are too few to take valid from"):
+        split_table(made(["a", "b"] * 10, split=["train"] * 2 + ["test"] * 18), valid=0.5, test=0.1)
+    with pytest.raises(UsageError, match="must not be negative, and leave something to train on"):
+        split_table(made(["a", "b"]), test=0.9, valid=0.1)
+
+
+def test_a_torn_patient_is_refused():
+    table = made(["a", "b"] * 5, ["p", "q", "r", "s", "t"] * 2, split=["train"] * 5 + ["test"] * 5)
+    message = (
+        r"5 patients on both sides of the split: p \(test\+train\), q \(test\+train\), r \(test\+train\) ...; split by"
+    )
+    for refuse in (check_split, split_table):
+        with pytest.raises(DataError, match=message):
+            refuse(table)
+
+
+# The positive class
+
+
+@pytest.mark.parametrize(
+    ("classes", "positive"),
+    [
+        (["NORMAL", "PNEUMONIA"], "PNEUMONIA"),
+        (["abnormal", "normal"], "abnormal"),
+        (["Mass", "No Finding"], "Mass"),
+        (["covid", "healthy"], "covid"),
+        (["0", "1"], "1"),
+        (["False", "True"], "True"),
+        (["bacteria", "virus"], "virus"),
+    ],
+)
+def test_positive_class(classes, positive):
+    assert positive_class(classes) == positive
+
+
+def test_positive_class_needs_two():
+    with pytest.raises(UsageError, match="a positive class needs two classes, not 3: a, b, c"):
+        positive_class(["a", "b", "c"])
+
+
+# Real films
+
+
+@needs_real
+def test_real_kermany_folder():
+    table = load_table(REAL / "kermany")
+    known = pd.read_csv(REAL / "manifest.csv", dtype=str).assign(path=lambda t: [str(REAL / p) for p in t["path"]])
+    both = table.merge(known[["path", "patient_id"]], on="path")
+    assert len(table) == len(both) == 802
+    assert (
+        both.groupby("patient_id_y")["patient_id_x"].nunique() == 1
+    ).all()  # we hold person1 to be one, of both germs
+    assert table.attrs["classes"] == ["NORMAL", "PNEUMONIA"]
+    parts = counts(split_table(table))
+    assert (parts.loc["test"] - [80.4, 80]).abs().max() <= 2
+    assert (parts.loc["valid"] - [40.2, 40]).abs().max() <= 2
+
+
+@needs_real
+def test_real_manifest_is_used_for_its_folder():
+    table = load_table(REAL)
+    assert len(table) == 1320
+    assert table.attrs["task"] == "multiclass"
+    assert all(Path(path).is_file() for path in table["path"])
