@@ -29,7 +29,7 @@ from cxr_fastai.images import read_film, resize
 MAX_SECONDS, MAX_MB, HANG = 5.0, 600.0, 30.0
 CANARIES = ("eps_ran_canary", "pwned")
 # Rows that only a model that knows chest films can flag. Listed apart: due from the out-of-distribution score.
-NEEDS_A_MODEL = ("flip_lr.png", "Landscape_7.jpg")
+NEEDS_A_MODEL = ("flip_lr.png",)
 
 
 @dataclass
@@ -79,7 +79,8 @@ def work(pipe: Connection, printed: Path) -> None:
     while (path := pipe.recv()) is not None:
         Path("/proc/self/clear_refs").write_text("5")
         before, start = os.fstat(catch).st_size, time.monotonic()
-        small, flags = None, ()
+        small: Any = None
+        flags: tuple[str, ...] = ()
         try:
             film = read_film(path)
             got, detail, flags, small = "predict", "", film.flags, resize(film.pixels, 224)
@@ -146,9 +147,7 @@ def miss(row: Row, references: dict[Path, np.ndarray]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--corpus", type=Path, action="append", required=True, help="folder with manifest.csv and files/"
-    )
+    parser.add_argument("--corpus", type=Path, action="append", default=[], help="folder with manifest.csv and files/")
     parser.add_argument("--handmade", type=Path, action="append", default=[], help="folder that make_handmade.py wrote")
     parser.add_argument("--list", action="store_true", help="print every row")
     options = parser.parse_args()

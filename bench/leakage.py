@@ -68,10 +68,9 @@ def main() -> int:
     failed = False
     for name, value in result.items():
         low, high = LIMITS[name]
-        failed |= not low <= value <= high
-        print(
-            f"{name:12s} AUROC {value:.3f}  (allowed {low:.2f} to {high:.2f}) {'ok' if low <= value <= high else 'LEAKS'}"
-        )
+        good = low <= value <= high
+        failed |= not good
+        print(f"{name:12s} AUROC {value:.3f}  (allowed {low:.2f} to {high:.2f}) {'ok' if good else 'LEAKS'}")
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return int(failed)

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cxr_fastai import judge
 from cxr_fastai.errors import UnreadableImage
-from cxr_fastai.images import looks_like_film, read_film, resize, to_input
+from cxr_fastai.images import judge, looks_like_film, read_film, resize, to_input
 
 
 def read_all(folder: Path, limit: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

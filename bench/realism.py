@@ -1,8 +1,9 @@
 """How far phantoms lie from real films: grey-level percentiles and the slope of the power spectrum.
 
-python bench/realism.py --real DIR --out DIR [--n 200]
+python bench/realism.py --real DIR --out DIR [--n 200] [--age adult|child|all]
 
-DIR is walked for png and jpg files. Both kinds are reduced to 224 x 224 grey. Writes realism.png and realism.json.
+DIR is walked for png and jpg files; --age says which phantoms to hold against them. Both kinds are reduced to 224 x
+224 grey. Writes realism.png and realism.json.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.phantom import FINDINGS, render, sample
+from cxr_fastai.phantom import FINDINGS, render, sample, sample_patient
 
 SIZE = 224
 LEVELS = (1, 5, 25, 50, 75, 95, 99)
@@ -44,12 +45,15 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS), dtype=np.float32)
 
 
-def phantoms(n: int, seed: int) -> list[np.ndarray]:
+def phantoms(n: int, seed: int, age: str) -> list[np.ndarray]:
+    """Render n films, every other one with a finding."""
+    child = {"adult": False, "child": True, "all": None}[age]
     films = []
     for index in range(n):
         rng = np.random.default_rng([seed, index])
         names = [str(rng.choice(FINDINGS))] if index % 2 else []
-        films.append(np.rint(render(sample(rng, findings=names), SIZE).pixels * 255))
+        patient = sample_patient(rng, child=child)
+        films.append(np.rint(render(sample(rng, findings=names, patient=patient), SIZE).pixels * 255))
     return films
 
 
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for figure and numbers")
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--age", choices=("adult", "child", "all"), default="all")
     options = parser.parse_args()
     found = sorted(p for p in options.real.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not found:
@@ -104,12 +109,13 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = np.random.default_rng(options.seed).permutation(len(found))[:600]
-    real, made = [read(found[index]) for index in chosen], phantoms(options.n, options.seed)
+    real, made = [read(found[index]) for index in chosen], phantoms(options.n, options.seed, options.age)
     result = compare([numbers(film) for film in real], [numbers(film) for film in made])
     for name, row in result.items():
+        place = "inside" if row["median_inside"] else "OUTSIDE"
         print(
-            f"{name:6s} real {row['real_low']:7.2f} .. {row['real_median']:7.2f} .. {row['real_high']:7.2f}   phantom median "
-            f"{row['phantom_median']:7.2f} {'inside' if row['median_inside'] else 'OUTSIDE'}   share inside {row['share_inside']:.3f}"
+            f"{name:6s} real {row['real_low']:7.2f} .. {row['real_median']:7.2f} .. {row['real_high']:7.2f}   "
+            f"phantom median {row['phantom_median']:7.2f} {place}   share inside {row['share_inside']:.3f}"
         )
     (options.out / "realism.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(real, made, options.out / "realism.png")

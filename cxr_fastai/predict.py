@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cxr_fastai.errors import ModelFileError, UnreadableImage, UsageError
-from cxr_fastai.images import looks_like_film, read_film, to_input
+from cxr_fastai.images import films_below, read_film, to_input
 from cxr_fastai.runs import find_model
 
 BATCH = 16
@@ -167,7 +167,7 @@ def find_films(inputs: Sequence[str]) -> list[str]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            films = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and looks_like_film(p)]
+            films = list(map(str, films_below(path)))
         elif path.exists():
             films = [given]
         else:

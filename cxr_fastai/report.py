@@ -118,8 +118,8 @@ def _history_rows(run: Path) -> tuple[list[str], list[list[str]]]:
 
 def _summary(metrics: dict[str, Any], record: dict[str, Any]) -> str:
     lines = [
-        f"Tested on <b>{metrics['n']} films of {metrics['n_patients']} patients</b> that no choice in training looked at; "
-        "no patient stands on two sides of the split.",
+        f"Tested on <b>{metrics['n']} films of {metrics['n_patients']} patients</b> that no choice in training "
+        "looked at; no patient stands on two sides of the split.",
         _auroc_line(metrics["metrics"]["auroc"]),
         f"Data: {html.escape(record['config']['data'])}; patients from {html.escape(str(record['patients_from']))}.",
     ]

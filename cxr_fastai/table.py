@@ -20,15 +20,15 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from cxr_fastai.config import TASKS
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.images import IMAGE_SUFFIXES
+from cxr_fastai.images import films_below
 
 SPLITS = ("train", "valid", "test")
 SPLIT_ALIASES = {"training": "train", "val": "valid", "validation": "valid", "testing": "test"}
@@ -46,10 +46,8 @@ PATIENT_PATTERNS = (
     ("MIMIC folders", re.compile(r"(?:^|/)(p\d{8})/s\d{8}/[^/]*$")),
 )
 
-Task = Literal["auto", "binary", "multiclass", "multilabel"]
 
-
-def load_table(data: str | Path, *, task: Task = "auto", patient_regex: str | None = None) -> pd.DataFrame:
+def load_table(data: str | Path, *, task: str = "auto", patient_regex: str | None = None) -> pd.DataFrame:
     """Read a folder or a CSV file into the table.
 
     Parameters
@@ -75,8 +73,8 @@ def load_table(data: str | Path, *, task: Task = "auto", patient_regex: str | No
     UsageError
         If `task` or `patient_regex` makes no sense.
     """
-    if task not in get_args(Task):
-        raise UsageError(f"task {task!r} is not one of {', '.join(get_args(Task))}")
+    if task not in TASKS:
+        raise UsageError(f"task {task!r} is not one of {', '.join(TASKS)}")
     source = Path(data)
     if not source.exists():
         raise DataError(f"{source} does not exist; give a folder of class folders or a CSV file with path,label")
@@ -180,19 +178,6 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _films(folder: Path) -> Iterator[Path]:
-    """Yield all films below a folder, but none that is hidden (macOS leaves ._x.png and __MACOSX behind)."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        files = [] if real in seen else files  # a link back up would go round for ever
-        seen.add(real)
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(root, name)
-
-
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__MACOSX")))
 
@@ -218,12 +203,12 @@ def _read_folders(data: Path) -> pd.DataFrame:
     rows = []
     for parent, split in splits.items() if splits else [(root, "")]:
         for folder in _subfolders(parent):
-            films = list(_films(folder))
+            films = list(films_below(folder))
             if not films:
                 raise DataError(f"class folder {folder} has no images; put some in, or remove the folder")
             rows += [(str(f), folder.name, split, f.relative_to(data).as_posix()) for f in films]
     if not rows:
-        loose = next(_films(data), None)
+        loose = next(films_below(data), None)
         found = f"images such as {loose.relative_to(data)} are in no class folder" if loose else "no images in it"
         raise DataError(f"{data}: {found}; make one folder for each class, or give a CSV file with path,label")
     return pd.DataFrame(rows, columns=["path", "label", "split", "name"])
@@ -295,7 +280,7 @@ def _without_repeats(table: pd.DataFrame, listing: Path) -> pd.DataFrame:
 # Meaning -------------------------------------------------------------------------------------------------------------
 
 
-def _set_task(table: pd.DataFrame, task: Task, folder: Path) -> tuple[pd.DataFrame, str]:
+def _set_task(table: pd.DataFrame, task: str, folder: Path) -> tuple[pd.DataFrame, str]:
     several = table["label"].str.contains("|", regex=False).any()
     resolved: str = task
     if task == "auto":

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from cxr_fastai.config import TrainConfig
-from cxr_fastai.data import OpenFilm, RandomShiftCrop, TensorRadiograph, film_findings, make_dataloaders, read_films, without_unreadable
+from cxr_fastai.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OpenFilm,
+    RandomShiftCrop,
+    TensorRadiograph,
+    film_findings,
+    make_dataloaders,
+    read_films,
+    without_unreadable,
+)
 from cxr_fastai.errors import DataError
 from cxr_fastai.table import load_table, split_table
 
@@ -54,10 +64,11 @@ def test_batches_are_normalised_and_leave_the_test_films_out(films: Path) -> Non
     dls = make_dataloaders(table, TrainConfig(batch_size=8, size=32, augment=0), OpenFilm(32), torch.device("cpu"))
     counts = table["split"].value_counts()
     assert (len(dls.train_ds), len(dls.valid_ds)) == (counts["train"], counts["valid"])
-    x, y = dls.valid.one_batch()
+    x, _ = dls.valid.one_batch()
     assert tuple(x.shape[1:]) == (3, 32, 32)
     # one film, three channels, each with ImageNet's own mean and deviation taken off
-    grey = torch.as_tensor(x) * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    grey = torch.as_tensor(x) * std + mean
     assert (grey - grey[:, :1]).abs().max() < 1e-6
     assert 0 <= grey.min() <= grey.max() <= 1
     assert list(dls.vocab) == ["abnormal", "normal"]

@@ -69,7 +69,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"nonsense")
     with pytest.raises(ModelFileError, match="not a file of weights"):
         load_weights(body, "densenet121", str(file))
-    with pytest.raises(UsageError, match="no such file; give a .safetensors or .pth file"):
+    with pytest.raises(UsageError, match=r"no such file; give a \.safetensors or \.pth file"):
         load_weights(body, "densenet121", str(tmp_path / "nothing.pth"))
 
 
@@ -94,8 +94,10 @@ def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest
     body, _ = make_body("resnet18")
     loaded = load_weights(body, "resnet18", "auto")
     assert not loaded.pretrained
-    assert loaded.detail.startswith("RANDOM weights: ImageNet's are not in the cache and could not be downloaded (no network)")
-    with pytest.raises(UsageError, match="--weights imagenet: not in the cache .* the download failed"):
+    assert loaded.detail.startswith(
+        "RANDOM weights: ImageNet's are not in the cache and could not be downloaded (no network)"
+    )
+    with pytest.raises(UsageError, match=r"--weights imagenet: not in the cache .* the download failed"):
         load_weights(body, "resnet18", "imagenet")
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,16 @@ from cxr_fastai.runs import atomic_path, find_model, find_run, finish, new_run, 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     write_text(file, "first")
-    with pytest.raises(RuntimeError, match="power"), atomic_path(file) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("power")
+
+    def cut_off() -> None:
+        with atomic_path(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        cut_off()
     assert file.read_text() == "first"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -64,6 +68,8 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         find_model(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize(("cell", "written"), [("=1+1", "'=1+1"), ("-x.png", "'-x.png"), ("a=b", "a=b"), (-1.5, -1.5), (None, None)])
+@pytest.mark.parametrize(
+    ("cell", "written"), [("=1+1", "'=1+1"), ("-x.png", "'-x.png"), ("a=b", "a=b"), (-1.5, -1.5), (None, None)]
+)
 def test_no_cell_is_a_formula(cell: object, written: object) -> None:
     assert safe_cell(cell) == written

@@ -47,7 +47,11 @@ def test_history_has_a_row_an_epoch(finished: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert tuple(rows[0]) == HISTORY_COLUMNS
     # random weights: no frozen phase, as many epochs as both phases have
-    assert [(row["epoch"], row["phase"]) for row in rows] == [("1", "from scratch"), ("2", "from scratch"), ("3", "from scratch")]
+    assert [(row["epoch"], row["phase"]) for row in rows] == [
+        ("1", "from scratch"),
+        ("2", "from scratch"),
+        ("3", "from scratch"),
+    ]
 
 
 def test_split_keeps_the_shares(finished: Path) -> None:
@@ -133,10 +137,15 @@ def test_other_tasks_train_and_predict(tmp_path: Path, task: str) -> None:
     data = tmp_path / "films"
     if task == "multilabel":
         paths = sorted((tmp_path / "films").rglob("*.png"))
-        names = ["" if p.parent.name == "normal" else "Mass|Effusion" if i % 7 == 0 else p.parent.name for i, p in enumerate(paths)]
+        names = [
+            "" if p.parent.name == "normal" else "Mass|Effusion" if i % 7 == 0 else p.parent.name
+            for i, p in enumerate(paths)
+        ]
         data = tmp_path / "labels.csv"
         data.write_text("path,label\n" + "".join(f"{p},{n}\n" for p, n in zip(paths, names, strict=True)))
-    config = TrainConfig(data=str(data), out=str(tmp_path), size=32, epochs=1, arch="resnet18", weights="none", batch_size=8)
+    config = TrainConfig(
+        data=str(data), out=str(tmp_path), size=32, epochs=1, arch="resnet18", weights="none", batch_size=8
+    )
     run, metrics = train(config)
     classes = ["Effusion", "Mass"] if task == "multilabel" else ["Effusion", "Mass", "normal"]
     assert metrics["classes"] == classes
@@ -150,15 +159,21 @@ def test_other_tasks_train_and_predict(tmp_path: Path, task: str) -> None:
 def test_same_seed_gives_the_same_weights(films: Path, tmp_path: Path) -> None:
     hashes = []
     for name in ("a", "b"):
-        config = TrainConfig(data=str(films), out=str(tmp_path), name=name, size=32, epochs=1, arch="resnet18", weights="none")
+        config = TrainConfig(
+            data=str(films), out=str(tmp_path), name=name, size=32, epochs=1, arch="resnet18", weights="none"
+        )
         run, _ = train(config)
         hashes.append((run / "predictions.csv").read_text())
     assert hashes[0] == hashes[1]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_no_model(films: Path, tmp_path: Path) -> None:
-    config = TrainConfig(data=str(films), out=str(tmp_path), name="x", size=32, arch="resnet18", weights="none", lr=1e30)
-    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) in epoch \d, batch \d+, at a learning rate of .*smaller --lr"):
+    config = TrainConfig(
+        data=str(films), out=str(tmp_path), name="x", size=32, arch="resnet18", weights="none", lr=1e30
+    )
+    with pytest.raises(
+        TrainingError, match=r"the loss became (nan|inf) in epoch \d, batch \d+, at a learning rate of .*smaller --lr"
+    ):
         train(config)
     assert not (tmp_path / "x" / "model.onnx").exists()
     assert not (tmp_path / "latest").exists()
@@ -175,7 +190,9 @@ def test_a_device_that_is_not_there_is_refused(films: Path, tmp_path: Path) -> N
 def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(films: Path, tmp_path: Path) -> None:
     command = [sys.executable, "cli.py", "train", str(films), "--out", str(tmp_path), "--name", "x", "--size", "32",
                "--epochs", "500", "--patience", "0", "--arch", "resnet18", "--weights", "none"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ}
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "x" / "checkpoints" / "last.pth").exists():
         assert time.monotonic() < deadline

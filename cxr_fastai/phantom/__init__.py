@@ -5,10 +5,10 @@
 `sample` draws a film's parameters, `render` turns them into pixels and masks, `generate` writes a dataset folder.
 """
 
-from cxr_fastai.phantom.anatomy import sample_patient
 from cxr_fastai.phantom.dataset import COLUMNS, NORMAL, SHORTCUTS, TASKS, GenerateConfig, generate
 from cxr_fastai.phantom.film import DIFFICULTIES, GENERATOR_VERSION, Parameters, Phantom, render, sample
 from cxr_fastai.phantom.findings import FINDINGS
+from cxr_fastai.phantom.patient import Patient, sample_patient
 
 __all__ = [
     "COLUMNS",
@@ -20,6 +20,7 @@ __all__ = [
     "TASKS",
     "GenerateConfig",
     "Parameters",
+    "Patient",
     "Phantom",
     "generate",
     "render",

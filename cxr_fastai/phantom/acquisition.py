@@ -1,8 +1,8 @@
-"""How the patient is seen: view, geometry, Beer-Lambert, scatter, noise, exposure control, tone, markers, lines and leads.
+"""How the patient is seen: view, geometry, Beer-Lambert, scatter, noise, exposure, tone, markers, lines and leads.
 
-Nothing here looks at the findings, and nothing is drawn for them: view, devices, markers, tone and collimation are sampled
-without the label. Exposure control goes one step further (see `equalise`), because a film's grey levels must not give away that
-something was added to it.
+Nothing here looks at the findings, and nothing is drawn for them: view, devices, markers, tone and collimation are
+sampled without the label. Exposure control goes one step further (see `equalise`), because a film's grey levels must
+not give away that something was added to it.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cxr_fastai.phantom.anatomy import MU_SOFT, Patient, Thorax
+from cxr_fastai.phantom.anatomy import MU_SOFT, Thorax
 from cxr_fastai.phantom.canvas import Frame, Layer, Map, Points, blur, resize, shrink, smoothstep, wide_blur
+from cxr_fastai.phantom.patient import Patient
 
 _LEVELS = np.linspace(0.0, 1.0, 21)
-_FIRST_PASS = 4  # exposure is judged on every fourth pixel at 224
 
 
 @dataclass(frozen=True)
 class Acquisition:
     """One exposure, as plain numbers.
 
-    `zoom` is the field of view over the thorax's width, `shift_x` and `shift_y` are fractions of the film. `energy` scales the
-    attenuation, `scatter` the fluence of scattered photons, `photons` is the count in an unattenuated pixel of 1 mm².
-    `steepness`, `middle`, `black`, `white`, `flatten`, `sharpen` and `edges` describe the tone curve. `margins` are collimated fractions
-    (left, top, right, bottom).
+    `zoom` is the field of view over the thorax's width, `shift_x` and `shift_y` are fractions of the film. `energy`
+    scales the attenuation, `scatter` the fluence of scattered photons, `photons` is the count in an unattenuated pixel
+    of 1 mm². `steepness`, `middle`, `black`, `white`, `flatten`, `sharpen` and `edges` describe the tone curve.
+    `margins` are collimated fractions (left, top, right, bottom).
     """
 
     view: str
@@ -107,7 +107,7 @@ def sample_acquisition(rng: np.random.Generator, patient: Patient) -> Acquisitio
     bedside = bool(rng.random() < 0.40)
     view = "AP" if bedside or patient.age < 5 else "PA"
     ill = (0.5 if bedside else 0.05) * (0.5 if patient.child else 1.0)
-    usual = 1.22 if patient.child else 1.42 if bedside else 1.34
+    usual = 1.22 if patient.child else 1.37 if bedside else 1.33
     zoom = float(np.clip(rng.normal(usual, 0.10), 1.10, 1.75))
     return Acquisition(
         view=view,
@@ -122,12 +122,12 @@ def sample_acquisition(rng: np.random.Generator, patient: Patient) -> Acquisitio
         photons=float(10 ** rng.uniform(4.7, 5.6)),
         unsharp_cm=float(rng.uniform(0.02, 0.055)),
         steepness=float(rng.uniform(2.2, 4.0)),
-        middle=float(rng.normal(0.22 if patient.child else 0.05, 0.10)),
+        middle=float(rng.normal(0.21 if patient.child else 0.06, 0.09)),
         black=float(np.clip(rng.normal(0.0, 0.045), 0.0, 0.16)),
-        white=float(rng.uniform(0.86, 1.0)),
-        flatten=float(rng.uniform(0.0, 0.38)),
+        white=float(rng.uniform(0.84, 0.99)) * (0.93 if patient.child else 1.0),
+        flatten=float(rng.uniform(0.0, 0.32)),
         sharpen=float(rng.uniform(1.0, 1.5)),
-        edges=float(rng.uniform(0.3, 1.1)),
+        edges=float(rng.uniform(0.25, 0.85)) * (0.5 if patient.child else 1.0),
         heel=float(rng.normal(0, 0.07)),
         margins=_margins(rng),
         tilt=float(rng.normal(0, 1.3)),
@@ -146,9 +146,12 @@ def frame_of(patient: Patient, acquisition: Acquisition, size: int) -> Frame:
     """Return the field of view that an exposure of a patient, as `seen`, has."""
     width = 2 * patient.half_width * acquisition.zoom + 0.5 * patient.wall
     height = width * acquisition.aspect
-    # With a shallow breath the diaphragm stands higher; the apices, which the technologist centres by, stay where they are.
+    # With a shallow breath the diaphragm stands higher; the apices, which the technologist centres by, stay where they
+    # are.
     risen = patient.half_height * (1 / acquisition.inspiration - 1)
-    return Frame(size, width, height, acquisition.angle, acquisition.shift_x * width, acquisition.shift_y * height + risen)
+    return Frame(
+        size, width, height, acquisition.angle, acquisition.shift_x * width, acquisition.shift_y * height + risen
+    )
 
 
 def _bow(begin: Points, end: Points, sag: Points, count: int = 14) -> Points:
@@ -172,7 +175,7 @@ def devices(thorax: Thorax, acquisition: Acquisition) -> Map | float:
     if use.leads:
         for side, v in zip((-1, 1, -1, 1), rng.uniform((-0.8, -0.8, 0.3, 0.4), (-0.4, -0.4, 0.9, 1.0)), strict=True):
             pad = np.array([side * rng.uniform(0.45, 0.95), v]) * unit
-            way = np.array([rng.choice([-1.0, 1.0]) * rng.uniform(0.8, 1.6), rng.uniform(0.9, 1.9)]) * unit
+            way = np.array([rng.choice([-1.0, 1.0]) * rng.uniform(1.7, 2.6), rng.uniform(0.6, 2.6)]) * unit
             layer.lines(_bow(pad, way, pad + rng.normal(0, 0.6, 2) * unit)[None], 0.17 * scale, 0.30)
             layer.polygons((circle * 0.45 * scale + pad)[None], 0.42, 0.65, 0.2 * scale)
     top = np.array([rng.normal(0, 0.03), -2.2]) * unit
@@ -187,7 +190,7 @@ def devices(thorax: Thorax, acquisition: Acquisition) -> Map | float:
         layer.lines(np.concatenate([way, tail])[None], 0.26 * scale, 0.36)
     if use.line:
         side = rng.choice([-1.0, 1.0])
-        entry = np.array([side * rng.uniform(0.35, 1.3), rng.uniform(-1.5, -0.75)]) * unit
+        entry = np.array([side * rng.uniform(0.35, 2.2), rng.uniform(-2.2, -1.5)]) * unit
         tip = np.array([-0.13, rng.uniform(-0.25, 0.15)]) * unit
         layer.lines(_bow(entry, tip, np.array([-0.10 + 0.1 * side, -0.80]) * unit)[None], 0.19 * scale, 0.42)
     if use.pacemaker:
@@ -227,9 +230,10 @@ def expose(attenuation: Map, body: Map, pixel_cm: float, acquisition: Acquisitio
 def equalise(signal: Map, seen: Map, reference: Map) -> Map:
     """Map the grey levels of a film onto those of the same patient's film without the finding.
 
-    Automatic exposure and histogram-based processing hold a film's grey levels where they always are, whatever the film shows.
-    Here they do so exactly: the quantiles of the film as `seen` go to those of `reference`, along a monotone curve. So neither
-    the mean nor the histogram tells that something was added, and the finding shows as structure alone.
+    Automatic exposure and histogram-based processing hold a film's grey levels where they always are, whatever the
+    film shows. Here they do so exactly: the quantiles of the film as `seen` go to those of `reference`, along a
+    monotone curve. So neither the mean nor the histogram tells that something was added, and the finding shows as
+    structure alone.
 
     Parameters
     ----------
@@ -259,13 +263,13 @@ def blur_curve(values: Points, width: int = 41) -> Map:
 def tone(signal: Map, anchors: tuple[float, float], pixel_cm: float, acquisition: Acquisition) -> Map:
     """Turn the log signal into grey levels in [0, 1] as a film or a digital detector's processing does.
 
-    `anchors` are the log signals of lung and of mediastinum. The slowly varying part is compressed and detail raised, as in
-    multi-frequency processing (Vuylsteke & Schoeters, SPIE 2167, 1994), then a sigmoid like a film's characteristic curve
-    sets the greys.
+    `anchors` are the log signals of lung and of mediastinum. The slowly varying part is compressed and detail raised,
+    as in multi-frequency processing (Vuylsteke & Schoeters, SPIE 2167, 1994), then a sigmoid like a film's
+    characteristic curve sets the greys.
     """
     size = signal.shape[0]
     relative = (signal - np.float32(anchors[0])) * np.float32(1 / (anchors[1] - anchors[0]))
-    slow = wide_blur(relative, 1.6 / pixel_cm)
+    slow = wide_blur(relative, 3.5 / pixel_cm)
     kept = np.float32(1 - acquisition.flatten)
     relative = (slow - 0.5) * kept + 0.5 + (relative - slow) * np.float32(acquisition.sharpen)
     fine = blur(relative, max(0.79, 0.2 / pixel_cm))

@@ -1,25 +1,35 @@
 """The patient without bones: body, lungs, mediastinum, heart, diaphragm, breasts and gas as path lengths in cm.
 
-`sample_patient` draws a frozen `Patient` of plain numbers; `soft_tissue` turns it into maps, deterministically. Horizontal
-positions are given in half-widths of the thorax (u), vertical ones in half-heights of the lungs (v, -1 the apex, +1 the
-costophrenic angle), so that one set of curves serves a child and an adult. Sides: -1 is the image's left (the patient's
-right), +1 the image's right.
+Horizontal positions are given in half-widths of the thorax (u), vertical ones in half-heights of the lungs (v, -1 the
+apex, +1 the costophrenic angle), so that one set of curves serves a child and an adult. Sides: -1 is the image's left
+(the patient's right), +1 the image's right.
 
-Attenuation coefficients are those of Hubbell & Seltzer (NISTIR 5632, 2004, ICRU-44 tissues) at 60 keV, about the mean energy
-that leaves the tube at 110-125 kVp: soft tissue 0.2048 cm²/g at 1.06 g/cm³, cortical bone 0.3148 cm²/g at 1.92 g/cm³, lung
-0.2053 cm²/g at a density of about 0.26 g/cm³ when inflated.
+Attenuation coefficients are those of Hubbell & Seltzer (NISTIR 5632, 2004, ICRU-44 tissues) at 60 keV, about the mean
+energy that leaves the tube at 110-125 kVp: soft tissue 0.2048 cm²/g at 1.06 g/cm³, cortical bone 0.3148 cm²/g at 1.92
+g/cm³, lung 0.2053 cm²/g at a density of about 0.26 g/cm³ when inflated.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_fastai.phantom.canvas import Frame, Map, Points, bins, curve, ellipsoid, noise, resize, segment_distance, smoothstep
+from cxr_fastai.phantom.canvas import (
+    Frame,
+    Map,
+    Points,
+    bins,
+    curve,
+    ellipsoid,
+    noise,
+    resize,
+    segment_distance,
+    smoothstep,
+)
+from cxr_fastai.phantom.patient import Patient
 
 MU_SOFT = 0.217  # 1/cm
 MU_LUNG = 0.053  # 1/cm
 MU_BONE = 0.604  # 1/cm, cortical
-MU_ENERGY_KEV = 60.0
 
 # Outlines, in half-widths (u) against half-heights (v), read off normal frontal films.
 _CAVITY_V = (-1.04, -1.0, -0.96, -0.9, -0.8, -0.6, -0.3, 0.0, 0.4, 0.8, 1.0, 1.3, 3.0)
@@ -33,145 +43,6 @@ _SKIN_V = (0.5, -0.45, -0.82, -0.99, -1.12, -1.20, -1.27, -1.34, -1.43, -1.6, -2
 _DEPTH_V = (-3.0, -1.3, -1.0, -0.6, 0.0, 0.6, 1.0, 3.0)
 _DEPTH = (0.55, 0.60, 0.66, 0.80, 0.95, 1.0, 1.02, 1.0)
 _CAVITY_DEPTH = (0.2, 0.25, 0.42, 0.72, 0.95, 1.0, 0.95, 0.6)
-
-
-@dataclass(frozen=True)
-class Patient:
-    """One person, as plain numbers: lengths in cm, angles in degrees, the rest relative to a usual value of 1 or 0."""
-
-    age: int
-    sex: str
-    half_width: float
-    half_height: float
-    depth: float
-    wall: float
-    wall_depth: float
-    heart: float
-    heart_tilt: float
-    heart_shift: float
-    aorta: float
-    mediastinum: float
-    thymus: float
-    dome_right: float
-    dome_left: float
-    dome_bulge: float
-    taper: float
-    rib_drop: float
-    rib_bucket: float
-    rib_width: float
-    bone: float
-    shoulder: float
-    clavicle_rise: float
-    arm_angle: float
-    scapula: float
-    breast: float
-    breast_v: float
-    stomach: float
-    stomach_u: float
-    scoliosis: float
-    lung_density: float
-    vessels: float
-    head: float
-    seed: int
-
-    @property
-    def child(self) -> bool:
-        """Whether the body has a child's proportions."""
-        return self.age < 13
-
-    @property
-    def scale(self) -> float:
-        """Size relative to a usual adult."""
-        return self.half_width / 14.0
-
-
-def _body_size(rng: np.random.Generator, age: int, sex: str) -> tuple[float, float, float]:
-    """Half-width and half-height of the lungs and half-depth of the thorax, in cm, for an age in years."""
-    # Thoracic diameters grow about linearly to the age of 16, from half an adult's size in the first year.
-    growth = min(1.0, 0.48 + 0.52 * age / 16.0)
-    adult = 14.4 if sex == "M" else 13.2
-    width = adult * growth * float(rng.normal(1.0, 0.05))
-    ratio = float(rng.normal(0.97, 0.07)) if age < 13 else float(rng.normal(0.98, 0.08))
-    roundness = 0.66 + 0.1 * (1 - growth) / 0.52
-    return width, width * float(np.clip(ratio, 0.78, 1.16)), width * roundness * float(rng.normal(1.0, 0.06))
-
-
-def sample_patient(rng: np.random.Generator, *, child: bool | None = None) -> Patient:
-    """Draw a patient.
-
-    Parameters
-    ----------
-    rng
-        Source of randomness.
-    child
-        True for an age of 1-12 years, False for 18-90, None for one child in four patients.
-
-    Returns
-    -------
-    Patient
-        Parameters that depend on age and sex, never on what will be found.
-    """
-    is_child = bool(rng.random() < 0.25) if child is None else child
-    age = int(rng.integers(1, 13)) if is_child else int(np.clip(rng.normal(50, 17), 18, 90))
-    sex = "F" if rng.random() < 0.47 else "M"
-    width, height, depth = _body_size(rng, age, sex)
-    obesity = float(np.clip(rng.gamma(2.0, 0.42), 0.05, 3.0)) * (0.45 if is_child else 1.0)
-    right = float(rng.normal(0.60, 0.07))
-    return Patient(
-        age=age,
-        sex=sex,
-        half_width=width,
-        half_height=height,
-        depth=depth,
-        wall=(1.3 + 1.5 * obesity) * width / 14.0,
-        wall_depth=(1.6 + 1.1 * obesity) * width / 14.0,
-        heart=float(rng.normal(1.10 if is_child else 0.98 + 0.0015 * (age - 50), 0.055)),
-        heart_tilt=float(rng.normal(36 - 4 * (obesity - 0.7), 5)),
-        heart_shift=float(rng.normal(0, 0.025)),
-        aorta=float(rng.normal(0.75 if is_child else 0.9 + 0.005 * (age - 40), 0.09)),
-        mediastinum=float(rng.normal(1.15 if is_child else 1.0, 0.09)),
-        thymus=float(rng.uniform(0, 1)) if age < 4 else 0.0,
-        dome_right=right,
-        dome_left=right + float(rng.normal(0.09, 0.04)),
-        dome_bulge=float(rng.normal(1.0, 0.12)),
-        taper=float(rng.normal(1.12 if is_child else 1.2, 0.17)),
-        rib_drop=float(rng.normal(0.80 if is_child else 1.0, 0.10)),
-        rib_bucket=float(rng.normal(1.0, 0.25)),
-        rib_width=float(rng.normal(1.08 if is_child else 0.92, 0.08)),
-        bone=float(np.clip(rng.normal(1.0 - 0.004 * max(0, age - 50), 0.12), 0.6, 1.35)) * (1.6 if is_child else 1.0),
-        shoulder=float(rng.normal(0.0, 0.05)),
-        clavicle_rise=float(rng.normal(0.09, 0.07)),
-        arm_angle=float(rng.normal(11, 7)),
-        scapula=float(rng.normal(0.0, 0.05)),
-        breast=(float(np.clip(rng.normal(2.6 + obesity, 1.1), 0.5, 6.0)) if sex == "F" and age > 13 else 0.0),
-        breast_v=float(rng.normal(0.62, 0.12)),
-        stomach=float(np.clip(rng.normal(0.35, 0.45), 0.0, 1.4)),
-        stomach_u=float(rng.normal(0.42, 0.08)),
-        scoliosis=float(rng.normal(0, 0.035)),
-        lung_density=float(rng.normal(1.0, 0.10)),
-        vessels=float(rng.normal(1.2 if is_child else 1.0, 0.12)),
-        head=float(rng.uniform(1.22, 2.0)) if is_child else float(rng.uniform(1.7, 3.0)),
-        seed=int(rng.integers(2**31)),
-    )
-
-
-def seen(patient: Patient, view: str, inspiration: float) -> Patient:
-    """Return the patient as one view shows them: a bedside AP film magnifies the heart and catches a shallower breath."""
-    if view == "AP":
-        patient = replace(
-            patient,
-            heart=patient.heart * 1.10,
-            mediastinum=patient.mediastinum * 1.10,
-            arm_angle=patient.arm_angle * 0.7,
-            scapula=patient.scapula - 0.12,
-            clavicle_rise=patient.clavicle_rise + 0.05,
-        )
-    return replace(
-        patient,
-        half_height=patient.half_height * inspiration,
-        dome_right=patient.dome_right - (1 - inspiration) * 0.6,
-        dome_left=patient.dome_left - (1 - inspiration) * 0.6,
-    )
 
 
 def spine_x(patient: Patient, v: Points) -> Points:
@@ -207,9 +78,9 @@ def dome_curves(patient: Patient) -> Map:
 class Thorax:
     """Maps that findings and bones need: coordinates and the lungs' extent.
 
-    `u`, `v` are relative coordinates; `cavity` is the lung's path length in cm before the heart takes its share; `lung` after
-    it; `edge` the distance in cm to the lateral wall (positive inside); `above` is 1 above the diaphragm, 0 below;
-    `heart` is the path length through heart and great vessels in cm; `body` that through the whole body.
+    `u`, `v` are relative coordinates; `cavity` is the lung's path length in cm before the heart takes its share;
+    `lung` after it; `edge` the distance in cm to the lateral wall (positive inside); `above` is 1 above the diaphragm,
+    0 below; `heart` is the path length through heart and great vessels in cm; `body` that through the whole body.
     """
 
     patient: Patient
@@ -248,7 +119,7 @@ def cavity_half_width(patient: Patient, v: Points) -> Points:
 
 
 def heart_path(patient: Patient, x: Map, y: Map) -> Map:
-    """Path length in cm through heart, aorta and pulmonary trunk: a union of ellipsoids that gives the usual five arcs."""
+    """Path length in cm through heart, aorta and pulmonary trunk: ellipsoids whose union has the usual arcs."""
     w, h, size = patient.half_width, patient.half_height, patient.heart
     shift = patient.heart_shift * w
     low = 0.5 * (patient.dome_right + patient.dome_left) - 0.60
@@ -259,14 +130,17 @@ def heart_path(patient: Patient, x: Map, y: Map) -> Map:
 
     parts = [
         ellipsoid(x, y, at(0.17 * size, 0.40 + low), (0.50 * w * size, 0.35 * w * size, depth), patient.heart_tilt),
-        ellipsoid(x, y, at(-0.05, 0.32 + low), (0.235 * w * size, 0.40 * w * size, 0.85 * depth)),
+        ellipsoid(x, y, at(-0.05, 0.37 + low), (0.235 * w * size, 0.46 * w * size, 0.85 * depth)),
         ellipsoid(x, y, at(0.165, 0.06 + low), (0.38 * w * size, 0.155 * w * size, 0.8 * depth), 68),
         ellipsoid(x, y, at(0.105, -0.43), (0.135 * w * patient.aorta, 0.14 * w * patient.aorta, 0.5 * depth)),
         ellipsoid(x, y, at(-0.06, -0.25), (0.155 * w * patient.mediastinum, 0.42 * h, 0.45 * depth)),
     ]
     if patient.thymus > 0:
         parts.append(ellipsoid(x, y, at(0.0, -0.38), (0.30 * w * patient.thymus, 0.36 * h, 0.45 * depth), 8))
-    return np.sqrt(sum(part * part for part in parts))
+    total = np.zeros_like(x)
+    for part in parts:
+        total = total + part * part
+    return np.sqrt(total)
 
 
 def _aorta(patient: Patient, x: Map, v: Map) -> Map:
@@ -304,7 +178,9 @@ def _body(patient: Patient, x: Map, y: Map, u: Map, v: Map) -> Map:
     if patient.breast > 0:
         lean = 0.42 * w + 0.05 * w * patient.breast
         for side in (-1, 1):
-            shape = ellipsoid(x, y, (side * 0.58 * w, (patient.breast_v - 0.12) * h), (lean, 0.46 * w, patient.breast / 2))
+            shape = ellipsoid(
+                x, y, (side * 0.58 * w, (patient.breast_v - 0.12) * h), (lean, 0.46 * w, patient.breast / 2)
+            )
             body = body + shape * smoothstep(v, patient.breast_v - 0.75, patient.breast_v + 0.1) * (across < 1)
     return body
 
@@ -319,7 +195,9 @@ def _gas(patient: Patient, x: Map, y: Map, u: Map, v: Map, dome: Map) -> Map:
     axes = (0.27 * w * size + 0.1, 0.16 * w * size + 0.1, 1.9 * size * patient.scale)
     total = ellipsoid(x, y, (patient.stomach_u * w, top), axes, float(rng.normal(5, 10)))
     # Upright, what the stomach holds lies below a level line.
-    total = total * smoothstep(y - np.float32(top), float(rng.uniform(0.05, 0.22)) * w, float(rng.uniform(-0.05, 0.04)) * w)
+    total = total * smoothstep(
+        y - np.float32(top), float(rng.uniform(0.05, 0.22)) * w, float(rng.uniform(-0.05, 0.04)) * w
+    )
     for _ in range(int(rng.integers(0, 6))):
         centre = (float(rng.uniform(-0.2, 0.95)) * w, float(rng.uniform(1.0, 1.7)) * h)
         axes = (float(rng.uniform(0.08, 0.22)) * w, float(rng.uniform(0.05, 0.13)) * w, float(rng.uniform(0.1, 0.9)))
@@ -328,7 +206,7 @@ def _gas(patient: Patient, x: Map, y: Map, u: Map, v: Map, dome: Map) -> Map:
 
 
 def _coordinates(patient: Patient, frame: Frame) -> tuple[Map, Map, Map, Map]:
-    """x and y in cm from the spine's midline, and u and v."""
+    """X and y in cm from the spine's midline, and u and v."""
     x, y = frame.grid
     v = y * np.float32(1 / patient.half_height)
     x = x - spine_x(patient, v)
@@ -360,12 +238,12 @@ def soft_tissue(patient: Patient, frame: Frame) -> Thorax:
     cavity = chord * (_CAVITY_DEPTH_TABLE * np.float32(2 * 0.92 * patient.depth))[index]
     curves = dome_curves(patient)
     medial = (_MEDIAL * np.float32(w * patient.mediastinum))[index]
-    soft_edge = np.float32(0.085 * w)
+    soft_edge = np.float32(0.085 * w) * (1.0 + 1.1 * smoothstep(v, -0.25, 0.3))
     # Lung meets in front of the mediastinum and behind the heart, so that its shadow is never wholly without air.
     dome = curves[bins(u)]
     floor = (0.13 + 0.17 * smoothstep(v, -0.3, 0.4)) * smoothstep(dome - v, 0.0, 0.4)
     apex = smoothstep(v, -1.05, -0.985)
-    cavity = cavity * apex * (floor + (1.0 - floor) * smoothstep(away - medial, -0.9 * soft_edge, 1.1 * soft_edge))
+    cavity = cavity * apex * (floor + (1.0 - floor) * smoothstep((away - medial) / soft_edge, -0.9, 1.1))
     under = (v - dome) * np.float32(h)
     above = smoothstep(under, 0.022 * w, -0.012 * w)
     recess = 0.24 * np.clip(1.0 - under * np.float32(1 / (0.6 * w)), 0.0, 1.0) * smoothstep(away, 0.2 * w, 0.4 * w)

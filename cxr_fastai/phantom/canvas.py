@@ -1,21 +1,22 @@
 """The sheet that a phantom is drawn on: patient coordinates, smooth curves, drawn shapes, noise.
 
-Patient coordinates are centimetres in the plane of the detector: x grows towards the image's right (the patient's left),
-y grows downward, the origin lies on the midline half-way between the lung apices and the costophrenic angles.
+Patient coordinates are centimetres in the plane of the detector: x grows towards the image's right (the patient's
+left), y grows downward, the origin lies on the midline half-way between the lung apices and the costophrenic angles.
 Every map is a float32 array (size, size).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import uniform_filter, uniform_filter1d
 
-Map = NDArray[np.float32]
-Points = NDArray[np.floating]
+Points = NDArray[np.floating[Any]]
+Map = Points  # float32 (size, size)
 Levels = float | Points
 
 _BINS = 2048  # entries of a curve's table: finer than a pixel of a 1024-pixel film
@@ -29,7 +30,7 @@ def smoothstep(values: Map, low: float, high: float) -> Map:
 
 
 def curve(knots: Sequence[float], values: Sequence[float], smooth: float = 0.08) -> Map:
-    """Tabulate a smooth curve through knots on [-3, 3], to be read with `look_up`; `smooth` is the width rounded off."""
+    """Tabulate a smooth curve through knots on [-3, 3], read through `bins`; `smooth` is the width rounded off."""
     table = np.interp(np.linspace(-_REACH, _REACH, _BINS), knots, values)
     width = max(1, int(smooth * _BINS / (2 * _REACH)))
     return uniform_filter1d(uniform_filter1d(table, width, mode="nearest"), width, mode="nearest").astype(np.float32)
@@ -39,11 +40,6 @@ def bins(values: Map) -> NDArray[np.intp]:
     """Positions of `values` in a curve's table."""
     scaled = (values + np.float32(_REACH)) * np.float32(_BINS / (2 * _REACH))
     return np.clip(scaled, 0, _BINS - 1).astype(np.intp)
-
-
-def look_up(table: Map, value: float) -> float:
-    """Read a curve at one position."""
-    return float(table[min(max(int((value + _REACH) * _BINS / (2 * _REACH)), 0), _BINS - 1)])
 
 
 @dataclass(frozen=True)
@@ -113,15 +109,21 @@ class Layer:
         """Width in drawn pixels, at least one."""
         return max(1, round(centimetres / self.frame.pixel * self.fold))
 
-    def polygons(self, points: Points, fill: Levels, edge: Levels = 0.0, edge_cm: float = 0.15) -> None:
-        """Fill polygons (n, k, 2) in cm with levels in 0-1, and rim them with `edge` where that is above zero."""
+    def polygons(
+        self, points: Points, fill: Levels, edge: Levels = 0.0, edge_cm: float = 0.15, capped: bool = True
+    ) -> None:
+        """Fill polygons (n, k, 2) in cm with levels in 0-1, and rim them with `edge` where that is above zero.
+
+        Bands that are not `capped` are rimmed along their two sides only, not across their ends.
+        """
         rim = self.width(edge_cm)
         fills, edges = np.broadcast_to(fill, len(points)), np.broadcast_to(edge, len(points))
         inks, rims = (fills * 255).astype(int).tolist(), (edges * 255).astype(int).tolist()
         for flat, ink, dark in zip(self.flat(points), inks, rims, strict=True):
             self.draw.polygon(flat, fill=ink)
             if dark > 0:
-                self.draw.line(flat + flat[:2], fill=dark, width=rim)
+                for side in [flat + flat[:2]] if capped else [flat[: len(flat) // 2], flat[len(flat) // 2 :]]:
+                    self.draw.line(side, fill=dark, width=rim)
 
     def lines(self, points: Points, widths: Levels, levels: Levels) -> None:
         """Draw polylines (n, k, 2) in cm; one thinner than a drawn pixel is drawn fainter instead."""
@@ -145,7 +147,7 @@ def resize(values: Map, size: int) -> Map:
 
 
 def blur(values: Map, sigma: float) -> Map:
-    """Blur by about a Gaussian of `sigma` pixels: two box filters of variance (w² - 1) / 12, or part of one if small."""
+    """Blur by about a Gaussian of `sigma` pixels: two box filters of variance (w² - 1) / 12, or part of one."""
     if sigma < 0.8:
         part = np.float32(1.5 * sigma * sigma)
         return values if part < 0.02 else values + part * (uniform_filter(values, 3, mode="nearest") - values)

@@ -3,38 +3,35 @@
     from cxr_fastai.phantom import GenerateConfig, generate
     table = generate(GenerateConfig(out="data/synthetic", n=750, seed=0))
 
-Everything about an image is decided before any is drawn, and each image has a generator of its own, so the bytes do not depend
-on the number of worker processes. The folder is built beside its place and renamed into it when it is whole.
+Everything about an image is decided before any is drawn, and each image has a generator of its own, so the bytes do
+not depend on the number of worker processes. The folder is built beside its place and renamed into it when it is
+whole.
 """
 
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.phantom.anatomy import Patient, sample_patient
-from cxr_fastai.phantom.film import DIFFICULTIES, FINDINGS, GENERATOR_VERSION, SIZES, render, sample
+from cxr_fastai.errors import UsageError
+from cxr_fastai.phantom.film import DIFFICULTIES, GENERATOR_VERSION, SIZES
+from cxr_fastai.phantom.findings import FINDINGS
+from cxr_fastai.phantom.patient import Patient, sample_patient
+from cxr_fastai.phantom.writer import NAME, Job, check_target, open_folder, put_in_place, run
 
-NAME = "cxr_fastai.phantom"
 TASKS = ("binary", "multiclass", "multilabel")
 FORMATS = {"png": ".png", "jpeg": ".jpg"}
 SHORTCUTS = ("marker", "border", "brightness", "format")
 NORMAL = "No Finding"
 COLUMNS = ["path", "label", "patient_id", "findings", "view", "age", "sex", "seed"]
-_JPEG_QUALITY = 92
-_CHUNK = 8  # images handed to a worker at once
 
 
 def _parse_plant(text: str) -> tuple[str, float, str]:
@@ -127,29 +124,8 @@ class GenerateConfig:
             raise UsageError(f"--plant names {max(kinds, key=kinds.count)} twice: name each kind once")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One file to write: everything is decided, nothing is left to chance or to the order of work."""
-
-    folder: str
-    path: str
-    label: str
-    patient_id: str
-    findings: tuple[str, ...]
-    patient: Patient
-    seed: int
-    size: int
-    difficulty: str
-    shortcut: str = ""
-    copy_seed: int | None = None
-
-    @property
-    def stem(self) -> str:
-        return Path(self.path).stem
-
-
 def _labels(config: GenerateConfig, rng: np.random.Generator) -> list[tuple[str, ...]]:
-    """Findings of each film, in shuffled order, with the class sizes that the task promises."""
+    """Draw the findings of each film, in shuffled order, with the class sizes that the task promises."""
     n = config.n
     if config.task == "multiclass":
         names: list[tuple[str, ...]] = [(), *((name,) for name in FINDINGS)]
@@ -192,14 +168,12 @@ def _path(config: GenerateConfig, label: str, stem: str, suffix: str) -> str:
     return f"images/{folder}/{stem}{suffix}"
 
 
-def _plan(config: GenerateConfig, folder: Path) -> list[_Job]:
+def _plan(config: GenerateConfig, folder: Path) -> list[Job]:
     """Decide every film of a dataset without its defects."""
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1,)))
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     people: dict[int, Patient] = {}
-    for index, (findings, (number, follow)) in enumerate(
-        zip(_labels(config, rng), _people(config, rng), strict=True)
-    ):
+    for index, (findings, (number, follow)) in enumerate(zip(_labels(config, rng), _people(config, rng), strict=True)):
         if number not in people:
             people[number] = sample_patient(
                 np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(2, number)))
@@ -207,7 +181,7 @@ def _plan(config: GenerateConfig, folder: Path) -> list[_Job]:
         state = np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)
         label = _label(config.task, findings)
         jobs.append(
-            _Job(
+            Job(
                 folder=str(folder),
                 path=_path(config, label, f"{number:08d}_{follow:03d}", FORMATS[config.format]),
                 label=label,
@@ -226,17 +200,16 @@ def _chosen(rng: np.random.Generator, n: int, fraction: float) -> list[int]:
     return sorted(int(index) for index in rng.permutation(n)[: max(1, round(fraction * n))])
 
 
-def _plant_mislabel(config: GenerateConfig, jobs: list[_Job], fraction: float, rng: np.random.Generator) -> list[str]:
+def _plant_mislabel(config: GenerateConfig, jobs: list[Job], fraction: float, rng: np.random.Generator) -> None:
     """Flip labels (and folders) of a fraction of the films in place; the findings stay true."""
     names = {"binary": ("normal", "abnormal"), "multiclass": ("normal", *FINDINGS), "multilabel": (NORMAL, *FINDINGS)}
     for index in _chosen(rng, len(jobs), fraction):
         job = jobs[index]
         wrong = str(rng.choice([name for name in names[config.task] if name != job.label]))
         jobs[index] = replace(job, label=wrong, path=_path(config, wrong, job.stem, Path(job.path).suffix))
-    return []
 
 
-def _plant(config: GenerateConfig, jobs: list[_Job]) -> tuple[list[_Job], list[dict[str, object]]]:
+def _plant(config: GenerateConfig, jobs: list[Job]) -> tuple[list[Job], list[dict[str, object]]]:
     """Plant the defects asked for: the jobs with them, and a record of what concerns which files."""
     record: list[dict[str, object]] = []
     plants = {kind: (amount, what) for kind, amount, what in map(_parse_plant, config.plant)}
@@ -266,7 +239,7 @@ def _plant(config: GenerateConfig, jobs: list[_Job]) -> tuple[list[_Job], list[d
     return jobs, record
 
 
-def _with_shortcut(config: GenerateConfig, job: _Job, what: str, strength: float, rng: np.random.Generator) -> _Job:
+def _with_shortcut(config: GenerateConfig, job: Job, what: str, strength: float, rng: np.random.Generator) -> Job:
     """Give the shortcut to a film: with probability S where its label is abnormal, 1 - S where it is normal."""
     normal = job.label in ("normal", NORMAL)
     carries = bool(rng.random() < (1 - strength if normal else strength))
@@ -278,98 +251,10 @@ def _with_shortcut(config: GenerateConfig, job: _Job, what: str, strength: float
     return replace(job, path=path, shortcut=what)
 
 
-def _copy(config: GenerateConfig, job: _Job, number: int, seed: int) -> _Job:
+def _copy(config: GenerateConfig, job: Job, number: int, seed: int) -> Job:
     stem = f"{number:08d}_{0:03d}"
     path = _path(config, job.label, stem, Path(job.path).suffix)
     return replace(job, path=path, patient_id=f"{number:08d}", copy_seed=seed)
-
-
-def _retouch(pixels: np.ndarray, job: _Job) -> np.ndarray:
-    """Apply what was planted to a uint8 film (size, size): a copy's small changes, or a shortcut."""
-    image = pixels.astype(np.float32)
-    size = job.size
-    if job.shortcut == "marker":
-        side, top = size // 14, size // 20
-        image[top : top + side, top : top + side] = 250
-        image[top + side // 4 : top + side - side // 4, top + side // 4 : top + side - side // 4] = 20
-    elif job.shortcut == "border":
-        width = max(2, size // 40)
-        image[:width], image[-width:], image[:, :width], image[:, -width:] = 235, 235, 235, 235
-    elif job.shortcut == "brightness":
-        image = image * 0.88 + 28
-    if job.copy_seed is not None:
-        rng = np.random.default_rng(job.copy_seed)
-        cut = [int(c) for c in rng.integers(0, max(2, size // 56), 4)]
-        film = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
-        film = film.crop((cut[0], cut[1], size - cut[2], size - cut[3])).resize((size, size), Image.Resampling.BICUBIC)
-        image = np.asarray(film, dtype=np.float32) * rng.uniform(0.97, 1.03) + rng.uniform(-3, 3)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
-
-
-def _write(job: _Job) -> tuple[str, int, str]:
-    """Render one film and write it with its masks; return its view, age and sex."""
-    rng = np.random.default_rng(job.seed)
-    film = render(sample(rng, findings=job.findings, difficulty=job.difficulty, patient=job.patient), job.size)
-    pixels = np.rint(film.pixels * 255).astype(np.uint8)
-    if job.shortcut or job.copy_seed is not None:
-        pixels = _retouch(pixels, job)
-    target = Path(job.folder) / job.path
-    if target.suffix == ".png":
-        Image.fromarray(pixels).save(target, compress_level=3)
-    else:
-        Image.fromarray(pixels).save(target, quality=_JPEG_QUALITY)
-    for name, mask in film.masks.items():
-        drawn = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-        drawn.save(Path(job.folder) / "masks" / f"{job.stem}__{name}.png", compress_level=1)
-    return film.view, film.age, film.sex
-
-
-def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[str, int, str]]:
-    """Write all films, in order of the jobs, in this process or in several."""
-    workers = min(workers, -(-len(jobs) // 24))
-    if workers == 1:
-        yield from map(_write, jobs)
-        return
-    # Spawned, not forked: the caller may have threads running, and forking those can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        try:
-            yield from pool.map(_write, jobs, chunksize=_CHUNK)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("generator") == NAME
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out} is a file, not a folder: name another --out")
-    if any(out.iterdir()) and not _is_ours(out):
-        raise DataError(f"{out} holds files that are not a generated dataset: name another --out, or empty it")
-
-
-def _put_in_place(built: Path, out: Path) -> None:
-    """Rename a finished folder to its place; an older dataset there goes only once the new one stands."""
-    if not out.exists():
-        built.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
-    out.rename(old)
-    try:
-        built.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None = None) -> pd.DataFrame:
@@ -393,30 +278,22 @@ def generate(config: GenerateConfig, progress: Callable[[int, int], None] | None
         If `out` holds something that is not a generated dataset. It is left as it is.
     """
     out = Path(config.out).resolve()
-    _check_target(out)
+    check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    built = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    built = open_folder(out)
     try:
-        jobs, planted = _plan(config, built), []
-        jobs, planted = _plant(config, jobs)
+        jobs, planted = _plant(config, _plan(config, built))
         table = _fill(config, built, jobs, planted, progress)
-        built.chmod(0o777 & ~_umask())
-        _put_in_place(built, out)
+        put_in_place(built, out)
     finally:
         shutil.rmtree(built, ignore_errors=True)
     return table
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _fill(
     config: GenerateConfig,
     built: Path,
-    jobs: list[_Job],
+    jobs: list[Job],
     planted: list[dict[str, object]],
     progress: Callable[[int, int], None] | None,
 ) -> pd.DataFrame:
@@ -425,11 +302,13 @@ def _fill(
     for folder in sorted({Path(job.path).parent for job in jobs}):
         (built / folder).mkdir(parents=True, exist_ok=True)
     rows = []
-    for done, (job, (view, age, sex)) in enumerate(zip(jobs, _run(jobs, config.workers or os.cpu_count() or 1), strict=True)):
-        findings = "|".join(job.findings) or NORMAL
-        rows.append((job.path, job.label, job.patient_id, findings, view, age, sex, job.seed))
-        if progress:
-            progress(done + 1, len(jobs))
+    # Closed by name: an interrupt must stop the workers before the folder that they write to is removed.
+    with closing(run(jobs, config.workers or os.cpu_count() or 1)) as written:
+        for job, (view, age, sex) in zip(jobs, written, strict=True):
+            findings = "|".join(job.findings) or NORMAL
+            rows.append((job.path, job.label, job.patient_id, findings, view, age, sex, job.seed))
+            if progress:
+                progress(len(rows), len(jobs))
     table = pd.DataFrame(rows, columns=COLUMNS)
     text = table.to_csv(index=False, lineterminator="\n").encode()
     (built / "labels.csv").write_bytes(text)

@@ -3,8 +3,8 @@
     rng = np.random.default_rng(0)
     film = render(sample(rng, findings=["Effusion"]), size=224)
 
-`sample` draws plain numbers, `render` turns them into pixels and masks without any further chance: the same parameters give the
-same film at any size, but for the noise.
+`sample` draws plain numbers, `render` turns them into pixels and masks without any further chance: the same parameters
+give the same film at any size, but for the noise.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from cxr_fastai.errors import UsageError
 from cxr_fastai.phantom import acquisition as beam
 from cxr_fastai.phantom import skeleton
 from cxr_fastai.phantom.acquisition import Acquisition, sample_acquisition
-from cxr_fastai.phantom.anatomy import Patient, Thorax, sample_patient, seen, soft_tissue
+from cxr_fastai.phantom.anatomy import Thorax, soft_tissue
 from cxr_fastai.phantom.canvas import Map, blur, smoothstep
 from cxr_fastai.phantom.findings import FINDINGS, Effect, Finding, alter, apply, sample_finding
+from cxr_fastai.phantom.patient import Patient, sample_patient, seen
 
 GENERATOR_VERSION = "1.0"
 DIFFICULTIES = {"easy": (0.62, 1.0), "medium": (0.30, 0.95), "hard": (0.03, 0.50)}  # severities drawn from
@@ -39,8 +40,8 @@ class Parameters:
 class Phantom:
     """One radiograph with its truth.
 
-    `pixels` is float32 (size, size) in [0, 1], bone white, air black. `masks` holds a bool (size, size) for each finding.
-    `view` is 'PA' or 'AP', `age` in years, `sex` 'M' or 'F'.
+    `pixels` is float32 (size, size) in [0, 1], bone white, air black. `masks` holds a bool (size, size) for each
+    finding. `view` is 'PA' or 'AP', `age` in years, `sex` 'M' or 'F'.
     """
 
     pixels: Map
@@ -89,7 +90,7 @@ def sample(
 
     Returns
     -------
-    Parameters
+    film : Parameters
         Patient and exposure do not depend on the findings: the same rng state gives the same ones with and without.
 
     Raises
@@ -160,7 +161,10 @@ def render(parameters: Parameters, size: int = 224) -> Phantom:
         total = total + effect.change
     rng = np.random.default_rng(use.seed)
     fluence = beam.expose(total, thorax.body, frame.pixel, use, patient)
-    fluence = blur(beam.grain(fluence, frame.pixel, use, rng), min(0.75, use.unsharp_cm / frame.pixel) if size <= 320 else use.unsharp_cm / frame.pixel)
+    fluence = blur(
+        beam.grain(fluence, frame.pixel, use, rng),
+        min(0.75, use.unsharp_cm / frame.pixel) if size <= 320 else use.unsharp_cm / frame.pixel,
+    )
     signal = -np.log(fluence)
     fold = max(1, size // 56)
     coarse = reference = _log(total[::fold, ::fold], thorax, use, fold)

@@ -1,8 +1,8 @@
 """The eight findings: what each changes in the patient and in the attenuation, and where.
 
-A finding acts in two steps. `alter` changes the patient (a larger heart, a risen diaphragm); `apply` returns its change of
-the line integral of attenuation and its mask. Severity runs from 0, barely visible, to 1, gross. Names are those of NIH
-ChestX-ray14 (Wang et al., CVPR 2017).
+A finding acts in two steps. `alter` changes the patient (a larger heart, a risen diaphragm); `apply` returns its
+change of the line integral of attenuation and its mask. Severity runs from 0, barely visible, to 1, gross. Names are
+those of NIH ChestX-ray14 (Wang et al., CVPR 2017).
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_fastai.phantom.anatomy import MU_LUNG, MU_SOFT, Patient, Thorax
+from cxr_fastai.phantom.anatomy import MU_LUNG, MU_SOFT, Thorax
 from cxr_fastai.phantom.canvas import Layer, Map, blur, noise, smoothstep
+from cxr_fastai.phantom.patient import Patient
 
 FINDINGS = ("Consolidation", "Effusion", "Pneumothorax", "Nodule", "Mass", "Cardiomegaly", "Edema", "Atelectasis")
 
@@ -24,8 +25,8 @@ _FOCAL = ("Consolidation", "Nodule", "Mass")
 class Finding:
     """One finding as plain numbers.
 
-    `side` is -1 (image's left), +1 (right) or 0 (both). `u` (0 midline to 1 chest wall) and `v` (-1 apex to +1 costophrenic
-    angle) place its centre. `form` in [0, 1) chooses among its shapes; `seed` fixes its texture.
+    `side` is -1 (image's left), +1 (right) or 0 (both). `u` (0 midline to 1 chest wall) and `v` (-1 apex to +1
+    costophrenic angle) place its centre. `form` in [0, 1) chooses among its shapes; `seed` fixes its texture.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Finding:
 class Effect:
     """What a finding does to the film.
 
-    `change` is added to the line integral (float32, dimensionless). `mask` is true where the finding is. `vessels` multiplies
-    the vessels' attenuation (a map or 1).
+    `change` is added to the line integral (float32, dimensionless). `mask` is true where the finding is. `vessels`
+    multiplies the vessels' attenuation (a map or 1).
     """
 
     change: Map
@@ -55,12 +56,14 @@ def sample_finding(rng: np.random.Generator, name: str, severity: float) -> Find
     side = -1 if rng.random() < 0.5 else 1
     if name in ("Edema", "Cardiomegaly") or (name == "Effusion" and rng.random() < 0.2):
         side = 0
-    v = float(rng.uniform(-0.62, 0.55)) if name in _FOCAL else float(rng.uniform(0.25, 0.6))
+    v = float(rng.uniform(-0.62, 0.45)) if name in _FOCAL else float(rng.uniform(0.25, 0.6))
+    # The heart would hide what lies behind it.
+    inner = 0.62 if side > 0 and v > -0.1 else 0.40
     return Finding(
         name=name,
         severity=severity,
         side=side,
-        u=float(rng.uniform(0.40, 0.78)),
+        u=float(rng.uniform(inner, 0.80)),
         v=v,
         form=float(rng.random()),
         seed=int(rng.integers(2**31)),
@@ -106,16 +109,19 @@ def _consolidation(thorax: Thorax, finding: Finding) -> Effect:
         # A fissure bounds the lobe: the opacity ends along a straight, slightly oblique line.
         line = thorax.v + 0.12 * np.abs(thorax.u) - np.float32(finding.v + 0.06)
         core = core * smoothstep(line * (1.0 if finding.form < 0.2 else -1.0), 0.02, -0.02)
-    texture = np.clip(0.80 + 0.20 * field + 0.16 * fine, 0.15, 1.3)
+    texture = np.clip(0.85 + 0.15 * field + 0.12 * fine, 0.2, 1.3)
     bronchi = Layer(frame)
     hilum = np.array([(finding.side or 1) * 0.2 * thorax.patient.half_width, -0.05 * thorax.patient.half_height])
-    away = np.array([(finding.side or 1) * finding.u * thorax.patient.half_width, finding.v * thorax.patient.half_height]) - hilum
+    away = (
+        np.array([(finding.side or 1) * finding.u * thorax.patient.half_width, finding.v * thorax.patient.half_height])
+        - hilum
+    )
     steps = np.linspace(0.35, 1.25, 5)[None, :, None]
     bow = np.sin(np.pi * steps) * rng.normal(0, 0.5, (7, 1, 2)) * scale
     paths = hilum + steps * (away + rng.normal(0, 0.9, (7, 1, 2)) * scale) + bow
     bronchi.lines(paths, 0.26 * scale, 0.8)
     share = 0.22 + 0.45 * s
-    opacity = core * texture * (1.0 - 0.5 * blur(bronchi.array(), 0.05 / frame.pixel))
+    opacity = core * texture * (1.0 - 0.38 * blur(bronchi.array(), 0.05 / frame.pixel))
     lung = np.minimum(thorax.lung, 11 * scale) * _half(thorax, finding.side)
     change = opacity * lung * np.float32(share * _FILL)
     return Effect(change, (core * lung > 0.35 * 4 * scale), 1.0 - 0.6 * core)
@@ -136,7 +142,7 @@ def _effusion(thorax: Thorax, finding: Finding) -> Effect:
         fluid = smoothstep(depth, -0.12 * patient.half_width, (0.10 + 0.12 * amount) * patient.half_width)
         total = np.maximum(total, fluid * _half(thorax, side))
     below = np.maximum(thorax.cavity - thorax.heart, 0.0) * (0.25 + 0.75 * thorax.above)
-    filled = total * np.minimum(1.0, 0.55 + 0.5 * s)
+    filled = total * min(1.0, 0.55 + 0.5 * s)
     change = filled * np.minimum(below, 14 * patient.scale) * np.float32(_FILL)
     mask = (total > 0.45) & (thorax.above > 0.5) & (thorax.cavity > 0.3 * patient.scale) & (np.abs(thorax.u) > 0.1)
     return Effect(change, mask, 1.0 - 0.8 * total)
@@ -166,11 +172,13 @@ def _pneumothorax(thorax: Thorax, finding: Finding) -> Effect:
     present = smoothstep(thorax.lung, 0.2 * patient.scale, 1.5 * patient.scale)
     collapse = (1.0 - gap) * lung * np.float32(_FILL * (0.015 + 0.16 * s * s))
     change = line * present - gap * lung * np.float32(MU_LUNG * patient.lung_density * 0.9) + collapse
-    return Effect(change, (gap > 0.5) & (lung > 0.4 * patient.scale) & (thorax.above > 0.5), 1.0 - gap)
+    return Effect(
+        change, (gap > 0.5) & (lung > 1.2 * patient.scale) & (np.abs(thorax.u) > 0.17) & (thorax.above > 0.5), 1.0 - gap
+    )
 
 
 def _ball(thorax: Thorax, finding: Finding, radius: float, rough: float, share: float) -> Effect:
-    """A rounded opacity of a radius in cm, lobulated by `rough`, with short spicules; `share` is its density."""
+    """Make a rounded opacity of a radius in cm, lobulated and spiculated by `rough`; `share` is its density."""
     rng = np.random.default_rng(finding.seed)
     distance, angle = _polar(thorax, finding, float(rng.uniform(0.85, 1.2)))
     outline = np.ones_like(distance)
@@ -192,19 +200,19 @@ def _ball(thorax: Thorax, finding: Finding, radius: float, rough: float, share: 
 
 
 def _nodule(thorax: Thorax, finding: Finding) -> Effect:
-    """A round opacity of 1 to 3 cm in an adult."""
+    """Make a round opacity of 1 to 3 cm in an adult."""
     s = finding.severity
-    return _ball(thorax, finding, (0.70 + 0.80 * s) * thorax.patient.scale, 0.08, 1.05 + 0.55 * s)
+    return _ball(thorax, finding, (0.70 + 0.80 * s) * thorax.patient.scale, 0.10, 1.20 + 0.65 * s)
 
 
 def _mass(thorax: Thorax, finding: Finding) -> Effect:
-    """A lobulated or spiculated opacity of more than 3 cm."""
+    """Make a lobulated or spiculated opacity of more than 3 cm."""
     s = finding.severity
     return _ball(thorax, finding, (1.55 + 2.0 * s) * thorax.patient.scale, 0.22 + 0.25 * finding.form, 0.55 + 0.42 * s)
 
 
 def _cardiomegaly(thorax: Thorax, finding: Finding) -> Effect:
-    """The heart itself is made larger by `alter`; the mask is its silhouette below the great vessels."""
+    """Mask the heart below the great vessels; `alter` has made it larger."""
     low = thorax.v > -0.25
     mask = (thorax.heart > 1.2 * thorax.patient.scale) & low & (thorax.above > 0.3)
     return Effect(np.zeros_like(thorax.x), mask)
@@ -234,8 +242,8 @@ def _edema(thorax: Thorax, finding: Finding) -> Effect:
     layer.lines(rings + place[:, None, :], 0.16 * scale, 0.8)
     lung = np.minimum(thorax.lung, 12 * scale)
     lines = layer.array() * np.float32((0.5 + 1.0 * s) * scale * _FILL) * smoothstep(lung, 0.0, 1.0)
-    change = fluid * lung * np.float32((0.08 + 0.36 * s) * _FILL) + lines
-    upper = 1.0 + (0.3 + 0.8 * s) * smoothstep(thorax.v, 0.1, -0.4)
+    change = fluid * lung * np.float32((0.12 + 0.46 * s) * _FILL) + lines
+    upper = 1.0 + (0.15 + 0.45 * s) * smoothstep(thorax.v, 0.1, -0.4)
     return Effect(change, (haze > 0.45) & (thorax.lung > 0.5 * scale) & (thorax.above > 0.5), upper)
 
 
@@ -280,7 +288,7 @@ def _atelectasis(thorax: Thorax, finding: Finding) -> Effect:
     wedge = smoothstep(inside, -0.15 * scale, 0.25 * scale) * extent * smoothstep(away, 0.06, 0.20)
     room = np.minimum(np.maximum(thorax.cavity - 0.45 * thorax.heart, 0.0), 11 * scale) * thorax.above
     texture = np.clip(1.0 + 0.12 * noise(rng, thorax.frame, 1.2 * scale), 0.5, 1.5)
-    change = wedge * room * texture * np.float32((0.16 + 0.5 * s) * _FILL)
+    change = wedge * room * texture * np.float32((0.28 + 0.6 * s) * _FILL)
     mask = (wedge > 0.5) & (room > 0.6 * scale)
     return Effect(change, mask, 1.0 - 0.5 * wedge)
 

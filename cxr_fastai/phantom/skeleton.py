@@ -4,13 +4,18 @@ Each function takes the `Thorax` of a patient and returns a float32 map (size, s
 (dimensionless: path length in cm times 1/cm), to be added to that of the soft tissue.
 """
 
-import numpy as np
+from typing import Any
 
-from cxr_fastai.phantom.anatomy import MU_BONE, MU_LUNG, MU_SOFT, Patient, Thorax, cavity_half_width, spine_x
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_fastai.phantom.anatomy import MU_BONE, MU_LUNG, MU_SOFT, Thorax, cavity_half_width, spine_x
 from cxr_fastai.phantom.canvas import Layer, Map, Points, blur, ellipsoid, noise, shrink, smoothstep
+from cxr_fastai.phantom.patient import Patient
 
 RIBS = 11
-# Half-width of the loop of each rib, in half-widths of the thorax; the first are narrower than the lung at their height.
+# Half-width of the loop of each rib, in half-widths of the thorax; the first are narrower than the lung at their
+# height.
 _LOOP = (0.42, 0.64, 0.78, 0.88, 0.95, 0.99, 1.02, 1.03, 1.03, 1.0, 0.96)
 # How far a rib's sternal end lies below its head, in half-heights of the lungs.
 _DROP = (0.24, 0.40, 0.52, 0.61, 0.68, 0.74, 0.78, 0.80, 0.80, 0.76, 0.62)
@@ -33,11 +38,11 @@ def _shifted(patient: Patient, points: Points) -> Points:
     return moved
 
 
-def rib_paths(patient: Patient, sides: Points, numbers: Points, angle: Points) -> Points:
+def rib_paths(patient: Patient, sides: Points, numbers: NDArray[np.integer[Any]], angle: Points) -> Points:
     """Project the centre lines of ribs.
 
-    A rib is taken as a tilted half ellipse around the thorax: `angle` 0 is its head beside the spine, 90 the lateral chest
-    wall, 180 the midline in front.
+    A rib is taken as a tilted half ellipse around the thorax: `angle` 0 is its head beside the spine, 90 the lateral
+    chest wall, 180 the midline in front.
 
     Parameters
     ----------
@@ -60,7 +65,7 @@ def rib_paths(patient: Patient, sides: Points, numbers: Points, angle: Points) -
     head = -1.06 + 0.183 * numbers + 0.0012 * numbers * numbers
     drop = np.array(_DROP)[numbers] * patient.rib_drop * (1.0 + 0.5 * sides * patient.scoliosis)
     bucket = patient.rib_bucket * 0.012 * (numbers + 2)
-    wall = 1.035 * cavity_half_width(patient, head + 0.5 * drop + bucket) + 0.02 * w
+    wall = 1.015 * cavity_half_width(patient, head + 0.5 * drop + bucket) + 0.015 * w
     wide = np.minimum(np.array(_LOOP)[numbers] * w, wall)
     x = sides * (0.1 * w + (wide - 0.1 * w) * np.sin(turn) ** 0.92)
     rise = -0.018 * np.exp(-(((angle - 14) / 12) ** 2))
@@ -81,16 +86,16 @@ def ribs(thorax: Thorax) -> Map:
     taper = 0.78 + 0.30 * np.sin(np.radians(rear)) - 0.12 * np.clip((rear - 75) / 20, 0, 1)
     level = 0.46 + rng.normal(0, 0.04, 2 * RIBS)
     outline = _strip(rib_paths(patient, sides, numbers, rear), width * taper)
-    back.polygons(outline, level, np.minimum(0.95, level + 0.26), 0.10 * patient.scale)
+    back.polygons(outline, level, np.minimum(0.95, level + 0.26), 0.10 * patient.scale, capped=False)
     angle = 86 + fore * (52 + rng.uniform(-6, 6, sides.shape))
     outline = _strip(rib_paths(patient, sides, numbers, angle), width * (0.95 + 0.35 * fore**2))
-    front.polygons(outline[numbers[:, 0] < 10], 0.36, 0.52, 0.09 * patient.scale)
-    edge_on = 1.0 + (0.9 if patient.child else 0.45) * smoothstep(thorax.edge, 0.22 * patient.half_width, 0.0)
+    front.polygons(outline[numbers[:, 0] < 10], 0.36, 0.52, 0.09 * patient.scale, capped=False)
+    edge_on = 1.0 + (0.8 if patient.child else 0.28) * smoothstep(thorax.edge, 0.22 * patient.half_width, 0.0)
     # Cartilage takes over in front: the anterior ribs fade out towards the sternum.
     fade = smoothstep(np.abs(thorax.u), 0.30, 0.72) * np.float32(0.75)
     thick = 0.62 * patient.scale * patient.bone * MU_BONE
     # Belly and scatter leave little of the ribs to be seen below the diaphragm.
-    left = np.float32(0.62 if patient.child else 0.40)
+    left = np.float32(0.52 if patient.child else 0.40)
     shown = edge_on * (left + (1 - left) * thorax.above * smoothstep(thorax.v, 1.0, 0.55))
     return (back.array() + front.array() * fade) * shown * np.float32(thick)
 
@@ -102,7 +107,7 @@ def spine(thorax: Thorax) -> Map:
     layer = Layer(thorax.frame)
     turn = np.radians(np.arange(0, 360, 30))
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    number = np.arange(-6, 16)
+    number = np.arange(-8, 19)
     below = np.maximum(number, 0)
     centre = np.stack([0.0 * number, (-1.06 + 0.183 * number + 0.0012 * below**2) * h], axis=1)[:, None, :]
     size = (0.118 + 0.0035 * number) * (1.08 if patient.child else 1.0) * w
@@ -133,7 +138,8 @@ def _clavicles(patient: Patient) -> Points:
 def _scapulae(patient: Patient) -> tuple[Points, Points]:
     """Blades (2, n, 2) of the shoulder blades and their spines with the acromia (2, m, 2), in cm."""
     blade = np.array(
-        [[1.30, -0.86], [1.20, -0.80], [1.06, -0.84], [0.94, -0.87], [0.90, -0.70], [0.915, -0.45], [0.96, -0.16], [1.00, -0.10],
+        [[1.30, -0.86], [1.20, -0.80], [1.06, -0.84], [0.94, -0.87], [0.90, -0.70], [0.915, -0.45], [0.96, -0.16],
+        [1.00, -0.10],
          [1.05, -0.15], [1.13, -0.38], [1.22, -0.58], [1.32, -0.66]]
     )  # fmt: skip
     ridge = np.array([[0.93, -0.68], [1.06, -0.80], [1.22, -0.91], [1.38, -0.99], [1.46, -0.95]])
@@ -162,8 +168,10 @@ def shoulders(thorax: Thorax) -> Map:
     long.polygons(_clavicles(patient), 0.60, 0.86, 1.2 * thin)
     arc = np.radians(np.linspace(200, -20, 22))
     jaw = np.stack([0.42 * w * np.cos(arc), -(patient.head + 0.28) * h + 0.30 * h * np.sin(arc)], axis=1)
-    long.lines(jaw[None], 0.16 * w, 0.9)
-    return (long.array() + 0.8 * blur(flat.array(), 0.08 / frame.pixel)) * np.float32(1.2 * patient.scale * patient.bone * MU_BONE)
+    long.polygons(_strip(jaw[None], np.full((1, len(arc)), 0.16 * w)), 0.8, 0.9, thin)
+    return (long.array() + 0.8 * blur(flat.array(), 0.08 / frame.pixel)) * np.float32(
+        1.2 * patient.scale * patient.bone * MU_BONE
+    )
 
 
 def airways(thorax: Thorax) -> Map:
@@ -180,8 +188,9 @@ def airways(thorax: Thorax) -> Map:
     return blur(layer.array(), 0.14 * patient.scale / thorax.frame.pixel) * np.float32(-2.2 * patient.scale * MU_SOFT)
 
 
-# Directions of the vessels that leave a hilum, in degrees from the lateral, downward positive, and their radii in cm: more and
-# wider ones go to the bases than to the apices. Interlobar arteries are about 1.2 cm wide (Chang, AJR 87, 1962).
+# Directions of the vessels that leave a hilum, in degrees from the lateral, downward positive, and their radii in cm:
+# more and wider ones go to the bases than to the apices. The widest stay below the 1.6 cm across that bound a normal
+# descending pulmonary artery (Chang, AJR 87, 1962).
 _FAN = np.tile([-84.0, -62, -44, -20, 6, 22, 36, 50, 62, 74, 84], 2)
 _TRUNK = np.tile([0.40, 0.40, 0.36, 0.34, 0.36, 0.40, 0.46, 0.54, 0.60, 0.64, 0.50], 2)
 
@@ -200,7 +209,7 @@ def _grow(patient: Patient, rng: np.random.Generator) -> list[tuple[Points, Poin
     starts = np.stack([side * 0.215 * w, (-0.09 - 0.03 * side + 0.14 * np.sin(angle)) * h], axis=1)
     starts = starts + rng.normal(0, 0.03, (22, 2)) * w
     length = rng.uniform(0.12, 0.22, 22) * (1.0 + 0.35 * np.maximum(np.sin(angle), 0)) * w
-    generations = []
+    generations: list[tuple[Points, Points]] = []
     for _ in range(7):
         count = len(angle)
         bends, (split, spread) = rng.normal(0, 0.19, (2, count)), rng.uniform((0.72,), (0.92,), (2, count))
@@ -223,15 +232,17 @@ def _grow(patient: Patient, rng: np.random.Generator) -> list[tuple[Points, Poin
 def _splat(thorax: Thorax, begin: Points, end: Points, radius: Points) -> Map:
     """Add vessels thinner than a pixel as the volume that they bring into each pixel, in cm of path length."""
     frame, side = thorax.frame, 2 * thorax.frame.size
-    steps = max(2, int(0.12 * thorax.patient.half_width / frame.pixel) + 1)
-    t = ((np.arange(steps) + 0.5) / steps)[:, None, None]
     begin, end = frame.to_pixels(begin) * 2, frame.to_pixels(end) * 2
-    cells = (begin + (end - begin) * t).astype(np.int32).reshape(-1, 2)
-    length = np.hypot(*(end - begin).T) * (0.5 * frame.pixel)
-    weight = np.tile(np.pi * radius**2 * length * (4 / (steps * frame.pixel**2)), steps)
+    span = end - begin
+    length = np.hypot(span[:, 0], span[:, 1])
+    steps = max(2, int(np.quantile(length, 0.9) / 1.5))
+    cells = (begin + span * ((np.arange(steps) + 0.5) / steps)[:, None, None]).astype(np.int32).reshape(-1, 2)
+    # Path length is volume over area: a quarter of a pixel each, at twice the film's size.
+    weight = np.pi * radius**2 * length * (0.5 * frame.pixel) * (4 / (steps * frame.pixel**2))
     inside = ((cells >= 0) & (cells < side)).all(axis=1)
     index = cells[inside, 1] * side + cells[inside, 0]
-    return shrink(np.bincount(index, weight[inside], minlength=side * side).astype(np.float32).reshape(side, side), 2)
+    drawn = np.bincount(index, np.tile(weight, steps)[inside], minlength=side * side)
+    return shrink(drawn.astype(np.float32).reshape(side, side), 2)
 
 
 def vessels(thorax: Thorax) -> Map:
@@ -243,10 +254,13 @@ def vessels(thorax: Thorax) -> Map:
     paths, radius = (np.concatenate(part) for part in zip(*reversed(_grow(patient, rng)), strict=True))
     thick = 2 * radius > 2.0 * frame.pixel
     layer.lines(paths[thick], 2 * radius[thick], 2.4 * radius[thick] / full)
-    paths, radius = paths[~thick], radius[~thick]
-    fine = _splat(thorax, paths[:, :2].reshape(-1, 2), paths[:, 1:].reshape(-1, 2), np.repeat(radius, 2))
-    path = blur(layer.array(), 0.05 * patient.scale / frame.pixel) * np.float32(full)
-    path = path + blur(fine, max(0.4, 0.05 * patient.scale / frame.pixel))
+    if frame.size > 320:  # a round profile, which smaller films cannot show
+        layer.lines(paths[thick], 1.2 * radius[thick], 3.0 * radius[thick] / full)
+    path = layer.array() * np.float32(full)
+    if not thick.all():
+        paths, radius = paths[~thick], radius[~thick]
+        path += _splat(thorax, paths[:, :2].reshape(-1, 2), paths[:, 1:].reshape(-1, 2), np.repeat(radius, 2))
+    path = blur(path, 0.08 * patient.scale / frame.pixel)
     for side in (-1, 1):
         spot = (side * 0.225 * patient.half_width, (-0.06 if side < 0 else -0.13) * patient.half_height)
         axes = (0.30 * patient.half_height, 0.10 * patient.half_width, 0.75 * patient.scale)

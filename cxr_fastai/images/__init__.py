@@ -19,10 +19,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cxr_fastai import dicom, judge, raster
 from cxr_fastai.errors import UnreadableImage
-from cxr_fastai.raster import printable
-from cxr_fastai.tone import equalise, resize, to_input
+from cxr_fastai.images import dicom, judge, raster
+from cxr_fastai.images.guard import printable, quiet
+from cxr_fastai.images.tone import equalise, resize, to_input
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k", ".avif")
 IMAGE_SUFFIXES = frozenset((*RASTER_SUFFIXES, ".pgm", ".dcm", ".dicom"))
@@ -102,7 +102,7 @@ def read_radiograph(source: str | Path | bytes | BinaryIO, limits: Limits | None
     return read_film(source, limits).pixels
 
 
-def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = None, frame: int = 0) -> Film:
+def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = None, frame: int | None = None) -> Film:
     """Read one film from a path, from bytes or from an open binary file.
 
     Parameters
@@ -111,8 +111,9 @@ def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = Non
         PNG, JPEG, TIFF, BMP, WebP, GIF, JPEG 2000, AVIF, PGM or DICOM; recognised by its bytes, not by its name.
     limits : Limits, optional
         What the file may cost in pixels, bytes and seconds.
-    frame : int
-        Which picture of a file that holds several; such a file is flagged "multi-frame".
+    frame : int, optional
+        Which picture of a file that holds several. Without it the first is read and flagged "multi-frame", but a CR or
+        DX object of several frames is refused: by the standard each of these is one exposure.
 
     Returns
     -------
@@ -127,23 +128,27 @@ def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = Non
     limits = limits or Limits()
     data = _read_bytes(source, limits)
     try:
-        with raster.quiet:
+        with quiet:
             return _read(data, limits, frame, time.thread_time() + limits.max_seconds)
     except UnreadableImage as error:
         raise UnreadableImage(printable(str(error))) from None
     except MemoryError:
         raise UnreadableImage("reading it needs more memory than there is") from None
     except Exception as error:  # noqa: BLE001 - decoders that are fed damaged bytes raise anything
-        # Only the kind of error: its text may quote the header, and so the patient.
-        if isinstance(error.__cause__ or error.__context__, UnreadableImage):  # the deadline, raised in a parser's read()
-            raise UnreadableImage(printable(str(error.__cause__ or error.__context__))) from None
-        kind = type(error).__name__
-        if kind == "DecompressionBombError":
-            raise UnreadableImage(f"its pixels are more than the {limits.max_pixels:,} allowed") from None
-        raise UnreadableImage(f"the file is damaged or cut short ({kind}); copy or export it again") from None
+        raise UnreadableImage(_reason(error)) from None
 
 
-def _read(data: bytes, limits: Limits, frame: int, deadline: float) -> Film:
+def _reason(error: Exception) -> str:
+    """Say what a decoder's exception means, without its own text, which may quote the header and so the patient."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, UnreadableImage):  # the deadline, raised while a codec was reading
+        return printable(str(cause))
+    if type(error).__name__ == "DecompressionBombError":
+        return "it has more pixels than any radiograph"
+    return f"the file is damaged or cut short ({type(error).__name__}); copy or export it again"
+
+
+def _read(data: bytes, limits: Limits, frame: int | None, deadline: float) -> Film:
     """Read one film from all its bytes, and judge it by its pixels."""
     header: dict[str, str] = {}
     if dicom.looks_like_dicom(data):
@@ -162,13 +167,26 @@ def looks_like_film(path: str | Path) -> bool:
     path = Path(path)
     if path.name.startswith("."):
         return False
-    if path.suffix:
+    if path.suffix and not path.suffix[1:].isdigit():  # DICOM files are often named by their UID: 1.2.840.113...
         return path.suffix.lower() in IMAGE_SUFFIXES
     try:
         with _open_regular(path) as file:
             return file.read(132)[128:] == b"DICM"
     except (OSError, ValueError, UnreadableImage):
         return False
+
+
+def films_below(folder: str | Path) -> Iterator[Path]:
+    """Yield all films below a folder in order, but none that is hidden (macOS leaves ._x.png and __MACOSX behind)."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link back up would go round for ever
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        yield from (path for name in sorted(files) if looks_like_film(path := Path(root, name)))
 
 
 def _open_regular(path: str | Path) -> BinaryIO:
@@ -207,6 +225,7 @@ __all__ = [
     "Film",
     "Limits",
     "equalise",
+    "films_below",
     "looks_like_film",
     "printable",
     "read_film",

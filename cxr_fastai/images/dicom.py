@@ -5,35 +5,35 @@ object is a radiograph and whether its compressed pixels are as large as the hea
 (CT, structured report, PDF ...) are refused by name. Of the header only `HEADER_FIELDS` are kept; nothing is printed.
 """
 
-import contextlib
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
 
-from cxr_fastai import judge, raster
 from cxr_fastai.errors import UnreadableImage
-from cxr_fastai.tone import resize
+from cxr_fastai.images import judge, raster
+from cxr_fastai.images.guard import TimedBytes, printable
+from cxr_fastai.images.tone import resize
 
 HEADER_FIELDS = (
     "PatientID", "ViewPosition", "PatientAge", "PatientSex", "Modality", "BodyPartExamined", "SOPInstanceUID",
 )  # fmt: skip
 RADIOGRAPHY = ("CR", "DX", "RG")
-PERHAPS_RADIOGRAPHY = ("", "OT", "SC", "RF", "XC")  # digitised films are filed under these
+PERHAPS_RADIOGRAPHY = ("", "OT", "SC", "RF")  # digitised films are filed under these
 CHEST = ("CHEST", "THORAX", "TORAX", "LUNG")
 LATERAL = ("LL", "RL", "LAT", "LATERAL", "LLD", "RLD", "LLO", "RLO", "LAO", "RAO", "LPO", "RPO")
 # (0002,0010), the transfer syntax, as it stands in a file: deflated, and what it becomes here once inflated.
 DEFLATED = b"\2\0\x10\0UI\x16\x001.2.840.10008.1.2.1.99"
 EXPLICIT = b"\2\0\x10\0UI\x16\x001.2.840.10008.1.2.1\0\0\0"
-JPEG_BASELINE, JPEG_EXTENDED, JPEG_LOSSLESS = (f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57))
-# One decoder for each compressed transfer syntax, so that a film is the same pixels whatever else is installed.
+RLE = "1.2.840.10008.1.2.5"
+# Extended (12 bits) and lossless JPEG: libjpeg-turbo reads them all; GDCM ends the process on damaged ones.
+LIBJPEG_TURBO = ("1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+# One decoder for each other compressed transfer syntax, so that a film is the same pixels whatever else is installed.
 DECODERS = {
-    "1.2.840.10008.1.2.5": "pydicom",  # RLE; pylibjpeg-rle panics, which is no Exception, on damaged data
-    JPEG_BASELINE: "pillow",
-    JPEG_LOSSLESS: "gdcm",
-    "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG lossless, first-order prediction
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    RLE: "pydicom",  # RLE; pylibjpeg-rle panics, which is no Exception, on damaged data
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG baseline
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS
     "1.2.840.10008.1.2.4.81": "pyjpegls",
     "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000
     "1.2.840.10008.1.2.4.91": "pylibjpeg",
@@ -55,7 +55,9 @@ def looks_like_dicom(data: bytes) -> bool:
     return kind.isalpha() or int.from_bytes(data[4:8], "little") < 256  # explicit or implicit VR
 
 
-def read(data: bytes, max_pixels: int, max_bytes: int, frame: int, deadline: float) -> tuple[Any, list[str], dict]:
+def read(
+    data: bytes, max_pixels: int, max_bytes: int, frame: int | None, deadline: float
+) -> tuple[Any, list[str], dict]:
     """Read one radiograph from DICOM bytes.
 
     A film whose polarity tag contradicts its pixels is turned to what the pixels say and flagged "polarity-tag-wrong":
@@ -82,9 +84,10 @@ def read(data: bytes, max_pixels: int, max_bytes: int, frame: int, deadline: flo
     flags = _about(dataset, header)
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
-        if header.get("Modality") in RADIOGRAPHY and frame == 0:
-            raise UnreadableImage(f"it holds {frames} frames, so it is not one radiograph; name the frame to be read")
+        if header.get("Modality") in RADIOGRAPHY and frame is None:
+            raise UnreadableImage(f"it holds {frames} frames, so it is not one radiograph; export one of them")
         flags.append("multi-frame")
+    frame = frame or 0
     if not 0 <= frame < frames:
         raise UnreadableImage(f"it has no frame number {frame}")
     raster.check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), max_pixels)
@@ -110,7 +113,7 @@ def _parse(data: bytes, max_bytes: int, deadline: float) -> Any:
 
     if DEFLATED in data[132:4096]:
         data = _inflated(data, max_bytes)
-    dataset = pydicom.dcmread(raster.TimedBytes(data, deadline), force=True)
+    dataset = pydicom.dcmread(TimedBytes(data, deadline), force=True)
     if not getattr(dataset, "file_meta", None) or "TransferSyntaxUID" not in dataset.file_meta:
         if data[128:132] == b"DICM":
             raise UnreadableImage("the DICOM header does not say how the pixels are stored (TransferSyntaxUID)")
@@ -136,7 +139,7 @@ def _header(dataset: Any) -> dict[str, str]:
     fields = {}
     for name in HEADER_FIELDS:
         value = dataset.get(name)
-        text = "" if value is None else raster.printable(str(value).strip())[:64]
+        text = "" if value is None else printable(str(value).strip())[:64]
         if text:
             fields[name] = text
     return fields
@@ -146,7 +149,8 @@ def _about(dataset: Any, header: dict[str, str]) -> list[str]:
     """Refuse what is no radiograph; flag what may not be a frontal chest film."""
     modality = header.get("Modality", "").upper()
     if "PixelData" not in dataset:
-        what = {"SR": "a structured report", "DOC": "a document", "PR": "a presentation state"}.get(modality)
+        what = {"SR": "a structured report", "PR": "a presentation state", "DOC": "a document (PDF)"}.get(modality)
+        what = "a document (PDF)" if "EncapsulatedDocument" in dataset else what
         what = what or (f"a {modality} object" if modality else "a DICOM object")
         raise UnreadableImage(f"it is {what} without pixels, not a radiograph")
     if modality not in RADIOGRAPHY + PERHAPS_RADIOGRAPHY:
@@ -167,24 +171,20 @@ def _about(dataset: Any, header: dict[str, str]) -> list[str]:
 
 def _stored_values(dataset: Any, frame: int, max_pixels: int) -> np.ndarray:
     """Decode one frame: integers (H, W), or (H, W, 3) in RGB."""
+    from pydicom.encaps import get_frame
     from pydicom.pixels import apply_color_lut, get_decoder
-    from pydicom.uid import UID
 
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_transfer_syntax or (syntax.is_compressed and syntax not in (*DECODERS, JPEG_EXTENDED)):
-        name = syntax.name if syntax.is_transfer_syntax else "unknown"
-        raise UnreadableImage(
-            f"its pixels are compressed in a way that is not read here ({raster.printable(str(name))})"
-        )
-    plugin = DECODERS.get(syntax, "")
+    if not syntax.is_transfer_syntax or (syntax.is_compressed and syntax not in (*DECODERS, *LIBJPEG_TURBO)):
+        name = printable(str(syntax.name)) if syntax.is_transfer_syntax else "unknown"
+        raise UnreadableImage(f"its pixels are compressed in a way that is not read here ({name}); decompress it first")
     if syntax.is_encapsulated:
-        precision = _check_codestream(dataset, frame, max_pixels)
-        if syntax == JPEG_EXTENDED:  # GDCM reads 12 bits under the name of the lossless process only; Pillow reads 8
-            plugin = "pillow" if precision == 8 else "gdcm"
-            dataset.file_meta.TransferSyntaxUID = UID(JPEG_BASELINE if precision == 8 else JPEG_LOSSLESS)
-    decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
-    with raster.quiet_in_c if plugin == "gdcm" else contextlib.nullcontext():
-        stored, _ = decoder.as_array(dataset, index=frame, decoding_plugin=plugin)
+        code = get_frame(dataset.PixelData, frame, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
+        _check_codestream(code, dataset, max_pixels)
+    if syntax in LIBJPEG_TURBO:
+        stored = _jpeg_values(code, dataset)
+    else:
+        stored, _ = get_decoder(syntax).as_array(dataset, index=frame, decoding_plugin=DECODERS.get(syntax, ""))
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
     if stored.ndim not in (2, 3) or (stored.ndim == 3 and stored.shape[2] != 3):
@@ -192,29 +192,41 @@ def _stored_values(dataset: Any, frame: int, max_pixels: int) -> np.ndarray:
     return stored
 
 
-def _check_codestream(dataset: Any, frame: int, max_pixels: int) -> int:
-    """Refuse compressed pixels that are cut, or larger than Rows × Columns; return the bits a sample, 0 if unknown."""
-    from pydicom.encaps import get_frame
+def _jpeg_values(code: bytes, dataset: Any) -> np.ndarray:
+    """Decode extended or lossless JPEG to the integers that BitsStored and PixelRepresentation mean."""
+    import imagecodecs
 
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    code = get_frame(dataset.PixelData, frame, number_of_frames=frames)
+    bits = dataset.BitsStored
+    stored = imagecodecs.jpeg8_decode(code).astype(np.int32) & (2**bits - 1)
+    if dataset.PixelRepresentation == 1:
+        stored -= (stored >= 2 ** (bits - 1)) * np.int32(2**bits)
+    return stored
+
+
+def _check_codestream(code: bytes, dataset: Any, max_pixels: int) -> None:
+    """Refuse compressed pixels that are cut or do not agree with the header.
+
+    Decoders in C believe both, and some write past the end of their buffers when the two differ.
+    """
+    if dataset.file_meta.TransferSyntaxUID == RLE:
+        return
     if code.startswith(b"\xff\xd8"):
-        precision, columns, rows, lossy = raster.jpeg_frame(code)
-        if lossy and precision == 8:
+        process, precision, rows, columns, components = raster.jpeg_frame(code)
+        if process in raster.DCT and precision == 8:
             raster.check_jpeg(code, max_pixels)
     elif (start := code[:200].find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: SIZ follows SOC
         right, bottom, left, top = struct.unpack(">4I", code[start + 8 : start + 24])
-        columns, rows, precision = right - left, bottom - top, 0
-        components = int.from_bytes(code[start + 40 : start + 42], "big")
-        if components > 4:
-            raise UnreadableImage(f"its pixels have {components} components, which is no picture")
+        columns, rows = right - left, bottom - top
+        components, precision = struct.unpack(">HB", code[start + 40 : start + 43])
+        precision = (precision & 0x7F) + 1
     else:
-        return 0
-    if (columns, rows) != (dataset.Columns, dataset.Rows):
+        raise UnreadableImage("its compressed pixels are damaged at their beginning; copy it again")
+    if (columns, rows, components) != (dataset.Columns, dataset.Rows, dataset.SamplesPerPixel):
         raise UnreadableImage("its compressed pixels have another size than its header says; export it again")
+    if not 2 <= precision <= min(16, dataset.BitsAllocated):
+        raise UnreadableImage(f"its compressed pixels have {precision} bits, its header allows {dataset.BitsAllocated}")
     if b"\xff\xd9" not in code[-64:]:
         raise UnreadableImage("its compressed pixels end early; copy it again")
-    return precision
 
 
 def _displayed(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, list[str]]:
@@ -297,6 +309,7 @@ def _blacken_padding(pixels: np.ndarray, stored: np.ndarray, dataset: Any) -> No
     first = dataset.get("PixelPaddingValue")
     if not isinstance(first, int) or stored.shape != pixels.shape:
         return
-    last = dataset.get("PixelPaddingRangeLimit", first)
+    last = dataset.get("PixelPaddingRangeLimit")
+    last = last if isinstance(last, int) else first
     low, high = min(first, last), max(first, last)
     pixels[(stored >= low) & (stored <= high)] = 0

@@ -6,23 +6,20 @@ exhaust the memory is refused before Pillow allocates anything.
 """
 
 import contextlib
-import io
-import logging
-import os
 import struct
-import threading
-import time
-import warnings
 import zlib
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cxr_fastai import judge
 from cxr_fastai.errors import UnreadableImage
+from cxr_fastai.images import judge
+from cxr_fastai.images.guard import TimedBytes, quiet_in_c
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_PARTS = 50_000  # PNG chunks or JPEG markers; a film has a few thousand at most
+DCT = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # markers of the lossy JPEG processes
 MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -70,7 +67,7 @@ KNOWN = {  # what people hand over instead of a film, so that the message can na
 }
 
 
-def read(data: bytes, max_pixels: int, frame: int, deadline: float) -> tuple[np.ndarray, list[str]]:
+def read(data: bytes, max_pixels: int, frame: int | None, deadline: float) -> tuple[np.ndarray, list[str]]:
     """Read one picture of a raster file: float32 (H, W) in [0, 1], and flags; see `images.read_film`."""
     kind = sniff(data)
     if kind is None:
@@ -129,7 +126,7 @@ def clean_png(data: bytes, max_pixels: int) -> tuple[bytes, bool]:
         If a chunk is cut or fails its CRC, or the pixel data are not exactly what the header promises.
     """
     position, idat, kept, animated = len(SIGNATURE), [], [], False
-    while True:
+    for _ in range(MAX_PARTS):
         if position + 12 > len(data):
             raise UnreadableImage("the PNG ends early; copy it again")
         length, name = struct.unpack(">I4s", data[position : position + 8])
@@ -147,6 +144,8 @@ def clean_png(data: bytes, max_pixels: int) -> tuple[bytes, bool]:
         position = end
         if name == b"IEND":
             break
+    else:
+        raise UnreadableImage(f"the PNG has more than {MAX_PARTS:,} chunks; export it again")
     _check_pixel_data(kept[0], idat, max_pixels)
     return SIGNATURE + b"".join(kept), animated
 
@@ -183,8 +182,12 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
     """
     import simplejpeg
 
-    _, width, height, _ = jpeg_frame(data)
-    check_size(width, height, max_pixels)
+    frame = jpeg_frame(data)
+    check_size(frame.width, frame.height, max_pixels)
+    if (
+        frame.process not in DCT or frame.precision != 8
+    ):  # lossless cannot be scaled: simplejpeg would write past its buffer
+        raise UnreadableImage("it is a JPEG of a kind that is read in DICOM only (lossless or 12 bits)")
     scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS:
         raise UnreadableImage(f"the JPEG has {scans} scans; export it again")
@@ -200,10 +203,22 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
         raise UnreadableImage(f"the JPEG is damaged ({error}); copy it again") from None
 
 
-def jpeg_frame(data: bytes) -> tuple[int, int, int, bool]:
-    """Read the frame header of a JPEG or JPEG-LS: bits a sample, width, height, and whether it is DCT-coded."""
+class JpegFrame(NamedTuple):
+    """What the frame header of a JPEG or JPEG-LS says; `process` is its marker."""
+
+    process: int
+    precision: int
+    height: int
+    width: int
+    components: int
+
+
+def jpeg_frame(data: bytes) -> JpegFrame:
+    """Walk the markers of a JPEG up to its first scan, more strictly than decoders do, and read the frame header."""
     position, found = 2, None
-    while position + 9 < len(data) and data[position] == 0xFF:
+    for _ in range(MAX_PARTS):
+        if position + 10 > len(data) or data[position] != 0xFF:
+            break
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte
             position += 1
@@ -211,9 +226,11 @@ def jpeg_frame(data: bytes) -> tuple[int, int, int, bool]:
         if marker == 0xDA and found:
             return found
         if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            precision, height, width = struct.unpack(">BHH", data[position + 4 : position + 9])
-            found = precision, width, height, marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            found = JpegFrame(marker, *struct.unpack(">BHHB", data[position + 4 : position + 10]))
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if length < 2 or marker == 0x01 or 0xD0 <= marker <= 0xD9:  # where decoders might see other markers than we do
+            break
+        position += 2 + length
     raise UnreadableImage("the JPEG is damaged before its pixels begin; copy it again")
 
 
@@ -286,66 +303,3 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         6: lambda p: np.rot90(p, -1), 7: lambda p: p[::-1, ::-1].T, 8: lambda p: np.rot90(p),
     }.get(orientation)  # fmt: skip
     return np.ascontiguousarray(turned(pixels)) if turned else pixels
-
-
-def printable(text: str) -> str:
-    """Escape whatever a terminal, a log or a CSV should not be given raw: controls, surrogates, direction marks."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-# --- time and noise -----------------------------------------------------------------------------------------------
-
-
-class TimedBytes(io.BytesIO):
-    """Bytes as a file that refuses to be read after a deadline, so that no parser can go on for ever."""
-
-    def __init__(self, data: bytes, deadline: float):
-        super().__init__(data)
-        self.deadline = deadline
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Read as `io.BytesIO` does, before the deadline."""
-        if time.thread_time() > self.deadline:
-            raise UnreadableImage("reading it takes too long; export it uncompressed, or smaller")
-        return super().read(size)
-
-
-class Shared:
-    """A context that the first of several concurrent users enters and the last one leaves, for state of the process."""
-
-    def __init__(self, enter: Callable[[contextlib.ExitStack], None]):
-        self.enter, self.users, self.lock, self.stack = enter, 0, threading.Lock(), contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self.enter(self.stack)
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                self.stack.close()
-
-
-def _ignore_warnings(stack: contextlib.ExitStack) -> None:
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    for logger in (logging.getLogger("PIL"), logging.getLogger("pydicom")):
-        stack.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL + 1)
-
-
-def _drop_standard_error(stack: contextlib.ExitStack) -> None:
-    with contextlib.suppress(OSError):  # it may be closed, and then nothing is printed anyway
-        kept = os.dup(2)
-        stack.callback(os.close, kept)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        stack.callback(os.close, nowhere)
-        os.dup2(nowhere, 2)
-        stack.callback(os.dup2, kept, 2)
-
-
-quiet = Shared(_ignore_warnings)  # what Pillow and pydicom warn and log
-quiet_in_c = Shared(_drop_standard_error)  # what libtiff and GDCM print; used for these two only

@@ -7,7 +7,7 @@ how many are, and how many inverted or turned films are found; it also fits the 
 import numpy as np
 
 from cxr_fastai.errors import UnreadableImage
-from cxr_fastai.tone import resize
+from cxr_fastai.images.tone import resize
 
 SMALL = 64  # a film is judged at this size
 MIN_PIXELS = 64
