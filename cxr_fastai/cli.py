@@ -204,9 +204,10 @@ def train(
     console = Console(machine=as_json)
     config = TrainConfig(
         name=name, out=out, seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid,
-        skip_bad=skip_bad, arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs, freeze_epochs=freeze_epochs,
-        lr=learning_rate(lr), weight_decay=weight_decay, dropout=dropout, augment=augment, patience=patience,
-        precision=precision, device=device, keep_checkpoints=keep_checkpoints, data=str(data or DEFAULT_DATA),
+        skip_bad=skip_bad, arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs,
+        freeze_epochs=freeze_epochs, lr=learning_rate(lr), weight_decay=weight_decay, dropout=dropout, augment=augment,
+        patience=patience, precision=precision, device=device, keep_checkpoints=keep_checkpoints,
+        data=str(data or DEFAULT_DATA),
     )  # fmt: skip
     ensure_phantoms(data, console)
     from cxr_fastai.training import train as run_training
@@ -284,8 +285,8 @@ def lr_find(
     console = Console(machine=as_json)
     config = TrainConfig(
         seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid, skip_bad=skip_bad,
-        arch=arch, weights=weights, size=size, batch_size=batch_size, weight_decay=weight_decay, dropout=dropout, augment=augment,
-        precision=precision, device=device, data=str(data or DEFAULT_DATA),
+        arch=arch, weights=weights, size=size, batch_size=batch_size, weight_decay=weight_decay, dropout=dropout,
+        augment=augment, precision=precision, device=device, data=str(data or DEFAULT_DATA),
     )  # fmt: skip
     ensure_phantoms(data, console)
     from cxr_fastai.explore import find_rate

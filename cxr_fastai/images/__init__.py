@@ -11,7 +11,7 @@ what to do; a film that can be read but is doubtful carries flags. Nothing else 
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
