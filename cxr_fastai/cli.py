@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from cxr_fastai import __version__
-from cxr_fastai.config import ARCHITECTURES, DEVICES, PRECISIONS, TASKS, GenerateConfig, TrainConfig
+from cxr_fastai.config import ARCHITECTURES, DEVICES, PRECISIONS, TASKS, GenerateConfig, Limits, TrainConfig, require
 from cxr_fastai.errors import CxrError, UsageError
 from cxr_fastai.runs import atomic_path, safe_cell, write_text
 
@@ -320,30 +321,45 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Films: files, folders, globs.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Films: files, folders, globs, .zip archives, or - for a list on standard input."),
+    ],
     model: Annotated[str, typer.Option(help="Run folder or .onnx file.")] = "exports/latest",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a film on standard output.")] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file, too.")] = None,
     evidence: Annotated[
         Path | None, typer.Option(help="Write each film with its evidence laid over it into this folder.")
     ] = None,
+    frames: Annotated[str, typer.Option(help="Of a file with several frames: first, or all, a row each.")] = "first",
+    max_pixels: Annotated[int, typer.Option(help="Refuse films with more pixels.", min=1)] = Limits.max_pixels,
+    max_mb: Annotated[float, typer.Option(help="Refuse files with more megabytes.", min=0)] = Limits.max_bytes / 2**20,
+    max_seconds: Annotated[
+        float, typer.Option(help="Refuse files that take longer to read.", min=0)
+    ] = Limits.max_seconds,
 ) -> None:
     """Classify films with a trained model; every film gets a row. Needs no torch and no GPU."""
     from cxr_fastai.console import Console
-    from cxr_fastai.predict import Predictor, find_films
+    from cxr_fastai.inputs import find_inputs
+    from cxr_fastai.predict import Predictor
 
+    require(frames in ("first", "all"), "--frames", frames, "first or all")
     console = Console(machine=as_json)
     predictor = Predictor(model)
-    paths = find_films(images)
+    films = find_inputs(images)
+    limits = Limits(max_pixels, int(max_mb * 2**20), max_seconds)
     rows: list[Any] = []
-    with console.progress("Reading films", len(paths)) as advance:
-        for row in predictor.predict(paths):
-            advance()
+    with console.progress("Reading films", len(films)) as advance:
+        for row in predictor.predict(
+            films, limits=limits, all_frames=frames == "all", keep_pixels=evidence is not None
+        ):
+            if row.frame is None:
+                advance()
             if as_json:
                 print(row.to_json(), flush=True)  # noqa: T201
             if evidence is not None and row.error is None:
-                save_overlay(predictor, row, evidence / f"{len(rows) + 1:06d}-{Path(row.path).stem}.png")
-            rows.append(row.without_evidence())
+                save_overlay(predictor, row, evidence / f"{len(rows) + 1:06d}-{safe_stem(row.path)}.png")
+            rows.append(row.without_arrays())
     if csv_file is not None:
         write_text(csv_file, prediction_csv(rows, predictor.classes))
         console.say(f"{csv_file}: {len(rows)} rows")
@@ -353,15 +369,19 @@ def predict(
         raise typer.Exit(1)
 
 
+def safe_stem(path: str) -> str:
+    """Return the name of a film as a file name that every system and terminal takes."""
+    return re.sub(r"[^\w.-]", "_", Path(path).stem.encode("ascii", "replace").decode())[:80]
+
+
 def save_overlay(predictor: Any, row: Any, path: Path) -> None:
     """Write the film of a row with its evidence laid over it as a PNG."""
     from PIL import Image
 
-    from cxr_fastai.images import read_radiograph
     from cxr_fastai.predict import overlay
 
     with atomic_path(path) as temporary:
-        Image.fromarray(overlay(read_radiograph(row.path), predictor.evidence_shown(row))).save(temporary, "PNG")
+        Image.fromarray(overlay(row.pixels, predictor.evidence_shown(row))).save(temporary, "PNG")
 
 
 def prediction_csv(rows: list[Any], classes: list[str]) -> str:
@@ -369,13 +389,26 @@ def prediction_csv(rows: list[Any], classes: list[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["path", "label", "probability", *(f"p_{c}" for c in classes), "threshold", "flags", "error", "seconds"]
+        [
+            "path",
+            "frame",
+            "label",
+            "probability",
+            *(f"p_{c}" for c in classes),
+            "threshold",
+            "flags",
+            "error",
+            "seconds",
+        ]
     )
     for row in rows:
         threshold = json.dumps(row.threshold) if isinstance(row.threshold, dict) else row.threshold
         numbers = [row.probability, *(row.probabilities.get(c) for c in classes), threshold]
         writer.writerow(
-            [safe_cell(v) for v in (row.path, row.label, *numbers, " ".join(row.flags), row.error, row.seconds)]
+            [
+                safe_cell(v)
+                for v in (row.path, row.frame, row.label, *numbers, " ".join(row.flags), row.error, row.seconds)
+            ]
         )
     return text.getvalue()
 

@@ -49,6 +49,26 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Limits(Saved):
+    """What one file may cost. The defaults keep a reader below 600 MB and 5 s, and let every radiograph pass.
+
+    Attributes
+    ----------
+    max_pixels : int
+        Rows × columns; the largest radiographs have about 22 million.
+    max_bytes : int
+        Length of the file.
+    max_seconds : float
+        CPU time of the reading thread. Looked at whenever a parser asks for more bytes, and at the end; a codec in C is
+        not interrupted, which is why the pixels are limited.
+    """
+
+    max_pixels: int = 25_000_000
+    max_bytes: int = 128 * 1024 * 1024
+    max_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
 class GenerateConfig(Saved):
     """One folder of synthetic films.
 

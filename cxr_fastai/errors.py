@@ -4,6 +4,7 @@
     ├── UsageError              2   an option or argument that makes no sense
     ├── DataError               2   a folder, table or split that cannot be trained on
     ├── UnreadableImage         1   one file that is not a film that can be read
+    │   └── NoSuchFrame         1   a frame asked for beyond the last one
     ├── ModelFileError          2   a model file that is missing, damaged or not one
     ├── TrainingError           2   a training run that cannot go on (loss not finite, export differs)
     └── Interrupted           130   Ctrl-C or SIGTERM; what was finished is saved
@@ -31,6 +32,10 @@ class UnreadableImage(CxrError):
     """One file that cannot be read as a radiograph; the others go on."""
 
     exit_code = 1
+
+
+class NoSuchFrame(UnreadableImage):
+    """A frame beyond the last one of a file."""
 
 
 class ModelFileError(CxrError):

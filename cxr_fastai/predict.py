@@ -6,10 +6,10 @@ Every input gets a row: a film that cannot be read is a row with `error`, the ot
 """
 
 import dataclasses
-import glob
+import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.errors import ModelFileError, UnreadableImage, UsageError
-from cxr_fastai.images import films_below, read_film, to_input
+from cxr_fastai.errors import ModelFileError, NoSuchFrame, UnreadableImage
+from cxr_fastai.images import Limits, to_input
+from cxr_fastai.inputs import Input
 from cxr_fastai.runs import find_model
 
 BATCH = 16
+ARRAYS = ("evidence", "pixels")
 ORANGE, BLUE = np.array([[0.90, 0.62, 0.0], [0.0, 0.45, 0.70]], np.float32)
 
 
@@ -32,7 +34,8 @@ class Prediction:
     probability: binary: of the positive class, the one that `threshold` is about; else that of `label`'s class
     (multi-label: the highest of all). label: multi-label joins the findings by "|", and is "" where there is none.
     threshold: binary: a number; multi-label: one a finding; multi-class: None, the highest probability wins.
-    evidence: (K, h, w) contributions to the logits, not part of the JSON.
+    frame: the number of the frame, from 1 on, where every frame of a file was asked for; the first one has None.
+    evidence: (K, h, w) contributions to the logits; pixels: (H, W) of the film. Neither is part of the JSON.
     """
 
     path: str
@@ -43,15 +46,17 @@ class Prediction:
     flags: tuple[str, ...] = ()
     error: str | None = None
     seconds: float = 0.0
+    frame: int | None = None
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
+    pixels: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def without_evidence(self) -> "Prediction":
-        """Return the row without its map, so that many rows can be kept."""
-        return dataclasses.replace(self, evidence=None)
+    def without_arrays(self) -> "Prediction":
+        """Return the row without its film and map, so that many rows can be kept."""
+        return dataclasses.replace(self, evidence=None, pixels=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON types, in the order of the contract."""
-        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "evidence"}
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ARRAYS}
         return {**row, "flags": list(self.flags)}
 
     def to_json(self) -> str:
@@ -94,33 +99,65 @@ class Predictor:
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, {"pixels": films[:, None]}), strict=True))
 
-    def predict(self, paths: Iterable[str]) -> Iterator[Prediction]:
-        """Yield one Prediction a path, in order; nothing is read before it is needed."""
-        stream = iter(paths)
-        while batch := list(islice(stream, BATCH)):
-            yield from self._predict_batch(batch)
+    def predict(
+        self,
+        films: Iterable[str | Input],
+        *,
+        limits: Limits | None = None,
+        all_frames: bool = False,
+        keep_pixels: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yield one Prediction a film, in order; nothing is read before it is needed.
 
-    def _predict_batch(self, paths: Sequence[str]) -> list[Prediction]:
+        Parameters
+        ----------
+        limits
+            What one file may cost; None is the reader's own.
+        all_frames
+            Whether each frame of a file with several is a row of its own, instead of the first one with a flag.
+        keep_pixels
+            Whether the rows carry the film, for a picture of it.
+        """
+        read = self._read(films, limits or Limits(), all_frames)
+        while batch := list(islice(read, BATCH)):
+            yield from self._predict_batch(batch, keep_pixels)
+
+    @staticmethod
+    def _read(
+        films: Iterable[str | Input], limits: Limits, all_frames: bool
+    ) -> Iterator[tuple[Prediction, np.ndarray | None]]:
+        """Yield a row without a verdict, and the pixels (H, W) or None, of each film or frame."""
+        for film in films:
+            source = film if isinstance(film, Input) else Input(film)
+            for frame in itertools.count():
+                began = time.perf_counter()
+                row = Prediction(source.path, frame=frame if all_frames and frame else None)
+                pixels = None
+                try:
+                    read = source.read(limits, frame if all_frames else None)
+                    row, pixels = dataclasses.replace(row, flags=read.flags), read.pixels
+                except NoSuchFrame as error:
+                    if frame:
+                        break
+                    row = dataclasses.replace(row, error=str(error))
+                except UnreadableImage as error:
+                    row = dataclasses.replace(row, error=str(error))
+                yield dataclasses.replace(row, seconds=time.perf_counter() - began), pixels
+                if not all_frames or row.error or "multi-frame" not in row.flags:
+                    break
+
+    def _predict_batch(self, read: list[tuple[Prediction, np.ndarray | None]], keep: bool) -> list[Prediction]:
         began = time.perf_counter()
-        films: list[np.ndarray] = []
-        rows: list[Prediction] = []
-        for path in paths:
-            try:
-                film = read_film(path)
-            except UnreadableImage as error:
-                rows.append(Prediction(path, error=str(error)))
-                continue
-            films.append(to_input(film.pixels, self.card["size"]))
-            rows.append(Prediction(path, flags=film.flags))
-        outputs = self.run(np.stack(films)) if films else {}
-        seconds = (time.perf_counter() - began) / len(paths)
-        done = iter(range(len(films)))
-        return [
-            dataclasses.replace(
-                row, seconds=round(seconds, 4), **({} if row.error else self._verdict(outputs, next(done)))
-            )
-            for row in rows
-        ]
+        inputs = [to_input(pixels, self.card["size"]) for _, pixels in read if pixels is not None]
+        outputs = self.run(np.stack(inputs)) if inputs else {}
+        share = (time.perf_counter() - began) / max(1, len(inputs))
+        numbers = iter(range(len(inputs)))
+        rows = []
+        for row, pixels in read:
+            verdict = {} if pixels is None else self._verdict(outputs, next(numbers))
+            seconds = round(row.seconds + (share if verdict else 0), 4)
+            rows.append(dataclasses.replace(row, seconds=seconds, pixels=pixels if keep else None, **verdict))
+        return rows
 
     def _verdict(self, outputs: dict[str, np.ndarray], i: int) -> dict[str, Any]:
         p = dict(zip(self.classes, map(float, outputs["probabilities"][i]), strict=True))
@@ -153,30 +190,6 @@ def decide(p: dict[str, float], card: dict[str, Any]) -> dict[str, Any]:
         return {"label": "|".join(found), "probability": max(p.values()), "threshold": threshold}
     label = max(p, key=p.__getitem__)
     return {"label": label, "probability": p[label], "threshold": None}
-
-
-def find_films(inputs: Sequence[str]) -> list[str]:
-    """Return the films meant by files, folders (searched to the bottom) and globs, in order, each once.
-
-    Raises
-    ------
-    UsageError
-        Where an input does not exist, or holds no film.
-    """
-    found: dict[str, None] = {}
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            films = list(map(str, films_below(path)))
-        elif path.exists():
-            films = [given]
-        else:
-            films = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        if not films:
-            what = "no film in that folder" if path.is_dir() else "no such file or folder"
-            raise UsageError(f"{given}: {what}; give image files, folders or globs")
-        found.update(dict.fromkeys(films))
-    return list(found)
 
 
 def overlay(pixels: np.ndarray, evidence: np.ndarray) -> np.ndarray:

@@ -51,7 +51,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, all or nothing."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A file name that is not UTF-8 reaches here as surrogates; it is written as \\udcXX.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def safe_cell(value: object) -> object:

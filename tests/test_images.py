@@ -191,7 +191,7 @@ def test_of_several_pictures_the_first_is_read_and_flagged(kind: str) -> None:
 def test_another_picture_can_be_asked_for() -> None:
     data = saved(GREY, "TIFF", save_all=True, append_images=[Image.fromarray(CHEST[::-1].copy())])
     assert np.abs(read_film(data, frame=1).pixels * 255 - CHEST[::-1]).max() < 0.01
-    with pytest.raises(UnreadableImage, match="no picture number 2"):
+    with pytest.raises(UnreadableImage, match="no frame number 2"):
         read_film(data, frame=2)
 
 

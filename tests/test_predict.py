@@ -5,8 +5,8 @@ import onnx
 import pytest
 from PIL import Image
 
-from cxr_fastai.errors import ModelFileError, UsageError
-from cxr_fastai.predict import Predictor, decide, find_films, overlay
+from cxr_fastai.errors import ModelFileError
+from cxr_fastai.predict import Predictor, decide, overlay
 
 
 def test_a_binary_threshold_is_met_at_equality() -> None:
@@ -41,22 +41,11 @@ def test_every_input_gets_a_row_in_order(finished: Path, films: Path, tmp_path: 
 
 def test_the_row_is_the_contract(finished: Path, films: Path) -> None:
     row = next(Predictor(finished).predict([str(next(films.rglob("*.png")))])).to_dict()
-    assert list(row) == ["path", "label", "probability", "probabilities", "threshold", "flags", "error", "seconds"]
+    assert list(row) == [
+        "path", "label", "probability", "probabilities", "threshold", "flags", "error", "seconds", "frame",
+    ]  # fmt: skip
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-6)
     assert row["probability"] == row["probabilities"]["abnormal"]
-
-
-def test_folders_globs_and_repeats(tmp_path: Path) -> None:
-    for name in ("b.png", "sub/a.jpg", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    b, a = str(tmp_path / "b.png"), str(tmp_path / "sub" / "a.jpg")
-    assert find_films([str(tmp_path), b, str(tmp_path / "*.png")]) == [b, a]
-    with pytest.raises(UsageError, match=r"no\*such: no such file or folder; give image files, folders or globs"):
-        find_films(["no*such"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty: no film in that folder"):
-        find_films([str(tmp_path / "empty")])
 
 
 def test_files_that_are_no_models(tmp_path: Path) -> None:
@@ -102,3 +91,22 @@ def test_deep_films_are_scaled_not_clipped(finished: Path, tmp_path: Path) -> No
     Image.fromarray(film.astype(np.uint16) * 257).save(tmp_path / "16.png")
     eight, sixteen = Predictor(finished).predict([str(tmp_path / "8.png"), str(tmp_path / "16.png")])
     assert eight.probability == pytest.approx(sixteen.probability, abs=1e-4)
+
+
+def test_every_frame_is_a_row_where_asked(finished: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pages = [Image.fromarray(rng.integers(0, 255, (64, 64), dtype=np.uint8)) for _ in range(3)]
+    path = tmp_path / "pages.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    (first,) = Predictor(finished).predict([str(path)])
+    assert "multi-frame" in first.flags
+    every = list(Predictor(finished).predict([str(path)], all_frames=True))
+    assert [row.frame for row in every] == [None, 1, 2]
+    assert every[0].probability == first.probability
+    assert every[2].probability != first.probability
+
+
+def test_pixels_are_kept_only_where_asked(finished: Path, films: Path) -> None:
+    path = str(next(films.rglob("*.png")))
+    assert next(Predictor(finished).predict([path])).pixels is None
+    assert next(Predictor(finished).predict([path], keep_pixels=True)).pixels.shape == (64, 64)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from cxr_fastai.config import Limits
 from cxr_fastai.errors import UnreadableImage
 from cxr_fastai.images import dicom, judge, raster
 from cxr_fastai.images.guard import printable, quiet
@@ -26,26 +27,6 @@ from cxr_fastai.images.tone import equalise, resize, to_input
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k", ".avif")
 IMAGE_SUFFIXES = frozenset((*RASTER_SUFFIXES, ".pgm", ".dcm", ".dicom"))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one file may cost. The defaults keep a reader below 600 MB and 5 s, and let every radiograph pass.
-
-    Attributes
-    ----------
-    max_pixels : int
-        Rows × columns; the largest radiographs have about 22 million.
-    max_bytes : int
-        Length of the file.
-    max_seconds : float
-        CPU time of the reading thread. Looked at whenever a parser asks for more bytes, and at the end; a codec in C is
-        not interrupted, which is why the pixels are limited.
-    """
-
-    max_pixels: int = 25_000_000
-    max_bytes: int = 128 * 1024 * 1024
-    max_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +104,8 @@ def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = Non
     Raises
     ------
     UnreadableImage
-        If the file is missing, damaged, too large, not a picture, or not a radiograph. One printable line.
+        If the file is missing, damaged, too large, not a picture, or not a radiograph. One printable line. The class
+        is NoSuchFrame where `frame` is beyond the last one.
     """
     limits = limits or Limits()
     data = _read_bytes(source, limits)
@@ -131,7 +113,7 @@ def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = Non
         with quiet:
             return _read(data, limits, frame, time.thread_time() + limits.max_seconds)
     except UnreadableImage as error:
-        raise UnreadableImage(printable(str(error))) from None
+        raise type(error)(printable(str(error))) from None
     except MemoryError:
         raise UnreadableImage("reading it needs more memory than there is") from None
     except Exception as error:  # noqa: BLE001 - decoders that are fed damaged bytes raise anything
@@ -179,7 +161,8 @@ def looks_like_film(path: str | Path) -> bool:
 def films_below(folder: str | Path) -> Iterator[Path]:
     """Yield all films below a folder in order, but none that is hidden (macOS leaves ._x.png and __MACOSX behind)."""
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    closed: list[Path] = []  # folders that cannot be listed: who reads them is told so
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: closed.append(Path(e.filename))):
         real = os.path.realpath(root)
         if real in seen:  # a link back up would go round for ever
             folders[:] = []
@@ -187,6 +170,7 @@ def films_below(folder: str | Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         yield from (path for name in sorted(files) if looks_like_film(path := Path(root, name)))
+    yield from closed
 
 
 def _open_regular(path: str | Path) -> BinaryIO:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.errors import UnreadableImage
+from cxr_fastai.errors import NoSuchFrame, UnreadableImage
 from cxr_fastai.images import judge, raster
 from cxr_fastai.images.guard import TimedBytes, printable
 from cxr_fastai.images.tone import resize
@@ -89,7 +89,7 @@ def read(
         flags.append("multi-frame")
     frame = frame or 0
     if not 0 <= frame < frames:
-        raise UnreadableImage(f"it has no frame number {frame}")
+        raise NoSuchFrame(f"it has no frame number {frame}")
     raster.check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), max_pixels)
     stored = _stored_values(dataset, frame, max_pixels)
     if stored.ndim == 3:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.errors import UnreadableImage
+from cxr_fastai.errors import NoSuchFrame, UnreadableImage
 from cxr_fastai.images import judge
 from cxr_fastai.images.guard import TimedBytes, quiet_in_c
 
@@ -87,7 +87,7 @@ def read(data: bytes, max_pixels: int, frame: int | None, deadline: float) -> tu
             try:
                 image.seek(frame)
             except (EOFError, ValueError):
-                raise UnreadableImage(f"it has no picture number {frame}") from None
+                raise NoSuchFrame(f"it has no frame number {frame}") from None
             check_size(*image.size, max_pixels)
         image.load()
         pixels, more = _grey(image)

@@ -73,7 +73,7 @@ def sample_finding(rng: np.random.Generator, name: str, severity: float) -> Find
 def alter(patient: Patient, finding: Finding) -> Patient:
     """Return the patient with the finding's change of anatomy, if it has one."""
     if finding.name == "Cardiomegaly":
-        return replace(patient, heart=patient.heart * (1.10 + 0.38 * finding.severity))
+        return replace(patient, heart=patient.heart * (1.14 + 0.38 * finding.severity))
     if finding.name == "Atelectasis" and finding.form >= 0.45:
         lift = 0.05 + 0.20 * finding.severity
         pull = finding.side * (0.01 + 0.07 * finding.severity)
@@ -134,16 +134,16 @@ def _effusion(thorax: Thorax, finding: Finding) -> Effect:
     total = np.zeros_like(thorax.x)
     for side in (-1, 1) if finding.side == 0 else (finding.side,):
         amount = s if side == finding.side or rng.random() < 0.5 else 0.6 * s
-        level = 0.93 - 0.12 * amount - 0.78 * amount**1.5 + float(rng.normal(0, 0.02))
+        level = 0.84 - 0.90 * amount**1.2 + float(rng.normal(0, 0.02))
         out = np.clip(np.abs(thorax.u), 0.0, 1.05)
         # The meniscus: fluid is drawn up where the pleural space is narrow, laterally more than medially.
         climb = (0.10 + 0.20 * amount) * np.exp((out - 1.0) * 6.0) + 0.05 * amount * np.exp(-(out - 0.15) * 12.0)
         depth = (thorax.v - level + climb) * np.float32(patient.half_height)
         fluid = smoothstep(depth, -0.12 * patient.half_width, (0.10 + 0.12 * amount) * patient.half_width)
         total = np.maximum(total, fluid * _half(thorax, side))
-    below = np.maximum(thorax.cavity - thorax.heart, 0.0) * (0.25 + 0.75 * thorax.above)
+    # Fluid fills the recess behind the diaphragm too, whose outline is lost where it does.
     filled = total * min(1.0, 0.55 + 0.5 * s)
-    change = filled * np.minimum(below, 14 * patient.scale) * np.float32(_FILL)
+    change = filled * thorax.lung * np.float32(MU_SOFT - MU_LUNG * patient.lung_density)
     mask = (total > 0.45) & (thorax.above > 0.5) & (thorax.cavity > 0.3 * patient.scale) & (np.abs(thorax.u) > 0.1)
     return Effect(change, mask, 1.0 - 0.8 * total)
 
@@ -260,10 +260,10 @@ def _plates(thorax: Thorax, finding: Finding) -> Effect:
         long = rng.uniform(0.40, 0.62) * w * (0.8 + 0.3 * s)
         slope, bend = rng.normal(0, 0.22), rng.normal(0, 0.10)
         band = centre + np.stack([t * long, (slope * t + bend * (t * t - 0.08)) * long], axis=1)
-        layer.lines(band[None], (0.28 + 0.65 * s * rng.uniform(0.6, 1.2)) * scale, 1.0)
+        layer.lines(band[None], (0.36 + 0.70 * s * rng.uniform(0.7, 1.2)) * scale, 1.0)
     drawn = blur(layer.array(), 0.09 * scale / frame.pixel) * _half(thorax, side)
     room = smoothstep(thorax.lung, 0.0, 2.0 * scale) * thorax.above
-    change = drawn * room * np.float32((1.6 + 2.4 * s) * scale * _FILL)
+    change = drawn * room * np.float32((2.2 + 2.6 * s) * scale * _FILL)
     return Effect(change, (drawn * room > 0.25))
 
 

@@ -112,8 +112,8 @@ def sample_patient(rng: np.random.Generator, *, child: bool | None = None) -> Pa
         rib_drop=float(rng.normal(0.80 if is_child else 1.0, 0.10)),
         rib_bucket=float(rng.normal(1.0, 0.25)),
         rib_width=float(rng.normal(1.08 if is_child else 0.92, 0.08)),
-        # Children are exposed at 60-70 kV, where bone stands out more: 1.6 times by the coefficients at 40 keV against 60
-        # keV (Hubbell & Seltzer); a little more is needed to match real films, as thin cortices fill more of a small bone.
+        # Children are exposed at 60-70 kV, where bone stands out more: 1.6 times by the coefficients at 40 against 60
+        # keV (Hubbell & Seltzer); 2.1 is what matches real films by eye.
         bone=float(np.clip(rng.normal(1.0 - 0.004 * max(0, age - 50), 0.12), 0.6, 1.35)) * (2.1 if is_child else 1.0),
         shoulder=float(rng.normal(0.0, 0.05)),
         clavicle_rise=float(rng.normal(0.09, 0.07)),
