@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxr_fastai.phantom import GenerateConfig, generate
+from cxr_fastai.config import GenerateConfig
+from cxr_fastai.phantom import generate
 
 
 def main() -> None:

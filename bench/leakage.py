@@ -18,7 +18,8 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cxr_fastai.phantom import GenerateConfig, generate
+from cxr_fastai.config import GenerateConfig
+from cxr_fastai.phantom import generate
 
 LIMITS = {"mean": (0.40, 0.60), "percentiles": (0.40, 0.60), "border": (0.40, 0.60), "thumbnail": (0.0, 0.80)}
 BORDER = 10  # pixels

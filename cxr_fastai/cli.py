@@ -4,8 +4,6 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Error
 nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not start, 130 stopped by the user.
 """
 
-import csv
-import io
 import json
 import os
 import re
@@ -19,7 +17,7 @@ import typer
 from cxr_fastai import __version__
 from cxr_fastai.config import ARCHITECTURES, DEVICES, PRECISIONS, TASKS, GenerateConfig, Limits, TrainConfig, require
 from cxr_fastai.errors import CxrError, UsageError
-from cxr_fastai.runs import atomic_path, safe_cell, write_text
+from cxr_fastai.runs import atomic_path, write_text
 
 app = typer.Typer(
     name="cxr",
@@ -204,8 +202,8 @@ def train(
 
     console = Console(machine=as_json)
     config = TrainConfig(
-        name=name, out=out, seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid,
-        skip_bad=skip_bad, arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs,
+        name=name, out=out, seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test,
+        valid=valid, skip_bad=skip_bad, arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs,
         freeze_epochs=freeze_epochs, lr=learning_rate(lr), weight_decay=weight_decay, dropout=dropout, augment=augment,
         patience=patience, precision=precision, device=device, keep_checkpoints=keep_checkpoints,
         data=str(data or DEFAULT_DATA),
@@ -341,7 +339,7 @@ def predict(
     """Classify films with a trained model; every film gets a row. Needs no torch and no GPU."""
     from cxr_fastai.console import Console
     from cxr_fastai.inputs import find_inputs
-    from cxr_fastai.predict import Predictor
+    from cxr_fastai.predict import Predictor, rows_to_csv
 
     require(frames in ("first", "all"), "--frames", frames, "first or all")
     console = Console(machine=as_json)
@@ -361,7 +359,7 @@ def predict(
                 save_overlay(predictor, row, evidence / f"{len(rows) + 1:06d}-{safe_stem(row.path)}.png")
             rows.append(row.without_arrays())
     if csv_file is not None:
-        write_text(csv_file, prediction_csv(rows, predictor.classes))
+        write_text(csv_file, rows_to_csv(rows, predictor.classes))
         console.say(f"{csv_file}: {len(rows)} rows")
     if not as_json:
         show_predictions(rows, console)
@@ -382,35 +380,6 @@ def save_overlay(predictor: Any, row: Any, path: Path) -> None:
 
     with atomic_path(path) as temporary:
         Image.fromarray(overlay(row.pixels, predictor.evidence_shown(row))).save(temporary, "PNG")
-
-
-def prediction_csv(rows: list[Any], classes: list[str]) -> str:
-    """Return the rows as CSV text, one probability column a class."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "path",
-            "frame",
-            "label",
-            "probability",
-            *(f"p_{c}" for c in classes),
-            "threshold",
-            "flags",
-            "error",
-            "seconds",
-        ]
-    )
-    for row in rows:
-        threshold = json.dumps(row.threshold) if isinstance(row.threshold, dict) else row.threshold
-        numbers = [row.probability, *(row.probabilities.get(c) for c in classes), threshold]
-        writer.writerow(
-            [
-                safe_cell(v)
-                for v in (row.path, row.frame, row.label, *numbers, " ".join(row.flags), row.error, row.seconds)
-            ]
-        )
-    return text.getvalue()
 
 
 def show_predictions(rows: list[Any], console: Any) -> None:

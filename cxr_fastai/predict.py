@@ -5,7 +5,9 @@
 Every input gets a row: a film that cannot be read is a row with `error`, the others are done.
 """
 
+import csv
 import dataclasses
+import io
 import itertools
 import json
 import time
@@ -20,7 +22,7 @@ import numpy as np
 from cxr_fastai.errors import ModelFileError, NoSuchFrame, UnreadableImage
 from cxr_fastai.images import Limits, to_input
 from cxr_fastai.inputs import Input
-from cxr_fastai.runs import find_model
+from cxr_fastai.runs import find_model, safe_cell
 
 BATCH = 16
 ARRAYS = ("evidence", "pixels")
@@ -190,6 +192,21 @@ def decide(p: dict[str, float], card: dict[str, Any]) -> dict[str, Any]:
         return {"label": "|".join(found), "probability": max(p.values()), "threshold": threshold}
     label = max(p, key=p.__getitem__)
     return {"label": label, "probability": p[label], "threshold": None}
+
+
+def rows_to_csv(rows: Iterable[Prediction], classes: list[str]) -> str:
+    """Return the rows as CSV text, one probability column a class; no cell is a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    probabilities = [f"p_{name}" for name in classes]
+    head = ("path", "frame", "label", "probability", *probabilities, "threshold", "flags", "error", "seconds")
+    writer.writerow(head)
+    for row in rows:
+        threshold = json.dumps(row.threshold) if isinstance(row.threshold, dict) else row.threshold
+        numbers = [row.probability, *(row.probabilities.get(name) for name in classes), threshold]
+        cells = (row.path, row.frame, row.label, *numbers, " ".join(row.flags), row.error, row.seconds)
+        writer.writerow([safe_cell(cell) for cell in cells])
+    return text.getvalue()
 
 
 def overlay(pixels: np.ndarray, evidence: np.ndarray) -> np.ndarray:

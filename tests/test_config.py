@@ -48,13 +48,8 @@ def test_training_settings_are_checked(setting: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"n": 1}, "--n is 1, but must be from 4"),
         ({"size": 5000}, "--size is 5000"),
-        ({"plant": ("leak",)}, "--plant is leak, but must be leak:F"),
-        ({"plant": ("shortcut:0.9:colour",)}, "--plant is shortcut:0.9:colour"),
-        ({"plant": ("leak:1.5",)}, "--plant is leak:1.5"),
         ({"difficulty": "huge"}, "--difficulty is huge, but must be one of easy, medium, hard"),
-        ({"workers": 0}, "--workers is 0"),
     ],
 )
 def test_generate_settings_are_checked(setting: dict, message: str) -> None:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import cxr_fastai.phantom.dataset as dataset
+from cxr_fastai.config import GenerateConfig
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.phantom import COLUMNS, FINDINGS, GenerateConfig, generate, render, sample
+from cxr_fastai.phantom import COLUMNS, FINDINGS, generate, render, sample
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -206,15 +207,15 @@ def test_marker_is_the_default_shortcut_and_strength_leaves_exceptions(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 1}, r"--n 1 is too few"),
-        ({"size": 32}, r"--size 32 is out of range"),
-        ({"seed": -1}, r"--seed -1 is negative"),
-        ({"task": "regression"}, r"--task 'regression' is unknown: use one of binary"),
-        ({"difficulty": "absurd"}, r"--difficulty 'absurd' is unknown"),
-        ({"format": "gif"}, r"--format 'gif' is unknown"),
-        ({"workers": 0}, r"--workers 0 is too few"),
-        ({"images_per_patient": 9.0}, r"--images-per-patient 9.0 is out of range"),
-        ({"out": " "}, r"--out is empty"),
+        ({"n": 1}, r"--n is 1, but must be from 2"),
+        ({"size": 32}, r"--size is 32, but must be from 64 to 1024"),
+        ({"seed": -1}, r"--seed is -1"),
+        ({"task": "regression"}, r"--task is regression, but must be one of binary"),
+        ({"difficulty": "absurd"}, r"--difficulty is absurd"),
+        ({"format": "gif"}, r"--format is gif"),
+        ({"workers": 0}, r"--workers is 0"),
+        ({"images_per_patient": 9.0}, r"--images-per-patient is 9.0"),
+        ({"out": " "}, r"--out is ' '"),
         ({"plant": ("leek:0.1",)}, r"--plant 'leek:0.1': unknown kind 'leek'"),
         ({"plant": ("leak:x",)}, r"--plant 'leak:x': 'x' is not a number"),
         ({"plant": ("leak:2",)}, r"--plant 'leak:2': 2 is out of range"),

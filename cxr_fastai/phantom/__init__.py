@@ -1,11 +1,11 @@
 """Synthetic chest radiographs whose every pixel of truth is known.
 
-    from cxr_fastai.phantom import FINDINGS, GenerateConfig, generate, render, sample
+    from cxr_fastai.phantom import FINDINGS, generate, render, sample
 
 `sample` draws a film's parameters, `render` turns them into pixels and masks, `generate` writes a dataset folder.
 """
 
-from cxr_fastai.phantom.dataset import COLUMNS, NORMAL, SHORTCUTS, TASKS, GenerateConfig, generate
+from cxr_fastai.phantom.dataset import COLUMNS, NORMAL, generate
 from cxr_fastai.phantom.film import DIFFICULTIES, GENERATOR_VERSION, Parameters, Phantom, render, sample
 from cxr_fastai.phantom.findings import FINDINGS
 from cxr_fastai.phantom.patient import Patient, sample_patient
@@ -16,9 +16,6 @@ __all__ = [
     "FINDINGS",
     "GENERATOR_VERSION",
     "NORMAL",
-    "SHORTCUTS",
-    "TASKS",
-    "GenerateConfig",
     "Parameters",
     "Patient",
     "Phantom",

@@ -1,6 +1,7 @@
 """Write a folder of phantoms: images, labels.csv, masks, dataset.json, with planted defects on request.
 
-    from cxr_fastai.phantom import GenerateConfig, generate
+    from cxr_fastai.config import GenerateConfig
+    from cxr_fastai.phantom import generate
     table = generate(GenerateConfig(out="data/synthetic", n=750, seed=0))
 
 Everything about an image is decided before any is drawn, and each image has a generator of its own, so the bytes do
@@ -15,113 +16,21 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.errors import UsageError
-from cxr_fastai.phantom.film import DIFFICULTIES, GENERATOR_VERSION, SIZES
+from cxr_fastai.config import GenerateConfig, parse_plant
+from cxr_fastai.phantom.film import GENERATOR_VERSION
 from cxr_fastai.phantom.findings import FINDINGS
 from cxr_fastai.phantom.patient import Patient, sample_patient
 from cxr_fastai.phantom.writer import NAME, Job, check_target, open_folder, put_in_place, run
 
-TASKS = ("binary", "multiclass", "multilabel")
 FORMATS = {"png": ".png", "jpeg": ".jpg"}
-SHORTCUTS = ("marker", "border", "brightness", "format")
 NORMAL = "No Finding"
 COLUMNS = ["path", "label", "patient_id", "findings", "view", "age", "sex", "seed"]
-
-
-def _parse_plant(text: str) -> tuple[str, float, str]:
-    """Split `kind:amount[:what]` into its parts, or raise UsageError."""
-    kind, _, rest = text.partition(":")
-    amount, _, what = rest.partition(":")
-    if kind not in ("leak", "shortcut", "mislabel"):
-        raise UsageError(f"--plant {text!r}: unknown kind {kind!r}; use leak:F, shortcut:S[:KIND] or mislabel:F")
-    try:
-        value = float(amount)
-    except ValueError:
-        raise UsageError(f"--plant {text!r}: {amount!r} is not a number; write for example {kind}:0.1") from None
-    if not 0.0 < value <= 1.0:
-        raise UsageError(f"--plant {text!r}: {amount} is out of range; use a fraction above 0 and up to 1")
-    if kind != "shortcut" and what:
-        raise UsageError(f"--plant {text!r}: only shortcut takes a third part; write {kind}:{amount}")
-    what = what or ("marker" if kind == "shortcut" else "")
-    if kind == "shortcut" and what not in SHORTCUTS:
-        raise UsageError(f"--plant {text!r}: unknown shortcut {what!r}; use one of {', '.join(SHORTCUTS)}")
-    return kind, value, what
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What `generate` is to write.
-
-    Parameters
-    ----------
-    out
-        Folder to write; replaced if it is a dataset of ours.
-    n
-        Number of films, without the copies that `leak` adds.
-    task
-        binary (half normal, half abnormal), multiclass (one finding a film, classes of equal size) or multilabel.
-    size
-        Side in pixels, 64 to 1024.
-    seed
-        Same seed, same bytes.
-    difficulty
-        easy, medium or hard: how severe findings are.
-    format
-        png or jpeg.
-    plant
-        Known defects: `leak:F`, `shortcut:S[:marker|border|brightness|format]`, `mislabel:F`.
-    workers
-        Processes; None for one a core.
-    images_per_patient
-        Mean number of films of one patient, 1 to 3.
-
-    Raises
-    ------
-    UsageError
-        If an option makes no sense; the message names its flag.
-    """
-
-    out: str = "data/synthetic"
-    n: int = 750
-    task: str = "binary"
-    size: int = 224
-    seed: int = 0
-    difficulty: str = "medium"
-    format: str = "png"
-    plant: tuple[str, ...] = ()
-    workers: int | None = None
-    images_per_patient: float = 1.2
-
-    def __post_init__(self) -> None:
-        """Check every option."""
-        if not str(self.out).strip():
-            raise UsageError("--out is empty: name a folder to write")
-        if self.n < 2:
-            raise UsageError(f"--n {self.n} is too few: use at least 2")
-        for flag, value, allowed in (
-            ("--task", self.task, TASKS),
-            ("--difficulty", self.difficulty, tuple(DIFFICULTIES)),
-            ("--format", self.format, tuple(FORMATS)),
-        ):
-            if value not in allowed:
-                raise UsageError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")
-        if not SIZES[0] <= self.size <= SIZES[1]:
-            raise UsageError(f"--size {self.size} is out of range: use {SIZES[0]} to {SIZES[1]}")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative: use 0 or more")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"--workers {self.workers} is too few: use at least 1")
-        if not 1.0 <= self.images_per_patient <= 3.0:
-            raise UsageError(f"--images-per-patient {self.images_per_patient} is out of range: use 1 to 3")
-        kinds = [_parse_plant(text)[0] for text in self.plant]
-        if len(set(kinds)) < len(kinds):
-            raise UsageError(f"--plant names {max(kinds, key=kinds.count)} twice: name each kind once")
 
 
 def _labels(config: GenerateConfig, rng: np.random.Generator) -> list[tuple[str, ...]]:
@@ -212,7 +121,7 @@ def _plant_mislabel(config: GenerateConfig, jobs: list[Job], fraction: float, rn
 def _plant(config: GenerateConfig, jobs: list[Job]) -> tuple[list[Job], list[dict[str, object]]]:
     """Plant the defects asked for: the jobs with them, and a record of what concerns which files."""
     record: list[dict[str, object]] = []
-    plants = {kind: (amount, what) for kind, amount, what in map(_parse_plant, config.plant)}
+    plants = {kind: (amount, what) for kind, amount, what in map(parse_plant, config.plant)}
     for number, kind in enumerate(("mislabel", "shortcut", "leak")):
         if kind not in plants:
             continue
