@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Error
 nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not start, 130 stopped by the user.
 """
 
+import io
 import json
 import os
 import re
@@ -408,6 +409,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line; turn every expected error into one line and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # an epoch is seen when it ends, in a log file, too
     # fastai and torch still call things that torch deprecates; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|fastai")
     try:
