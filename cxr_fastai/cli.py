@@ -210,7 +210,8 @@ def train(
         data=str(data or DEFAULT_DATA),
     )  # fmt: skip
     ensure_phantoms(data, console)
-    from cxr_fastai.training import train as run_training
+    with console.busy("Starting fastai"):
+        from cxr_fastai.training import train as run_training
 
     run, metrics = run_training(config, console)
     show_metrics(metrics, console)
@@ -289,7 +290,8 @@ def lr_find(
         augment=augment, precision=precision, device=device, data=str(data or DEFAULT_DATA),
     )  # fmt: skip
     ensure_phantoms(data, console)
-    from cxr_fastai.explore import find_rate
+    with console.busy("Starting fastai"):
+        from cxr_fastai.explore import find_rate
 
     found = find_rate(config, seeds=seeds, iterations=iterations, plot=plot, console=console)
     if as_json:

@@ -31,6 +31,15 @@ class Console:
             self.say(f"WARNING: {title}. {text}")
 
     @contextlib.contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """Show on a terminal that something of a few seconds is going on."""
+        if self.rich.is_terminal:
+            with self.rich.status(escape(label)):
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[], None]]:
         """Show a bar with the time left while the body calls what it is given, `total` times in all."""
         if not self.rich.is_terminal:

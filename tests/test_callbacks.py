@@ -1,0 +1,73 @@
+"""What watches a run, on a tiny network: which epoch is kept, when training stops, what both phases leave."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import CancelFitException
+from torch import nn
+
+from cxr_fastai.callbacks import BestEpoch, FiniteLoss
+from cxr_fastai.config import TrainConfig
+from cxr_fastai.model import make_body
+from cxr_fastai.training import train
+
+
+def after_epochs(callback: BestEpoch, scores: list[tuple[float, float]]) -> int:
+    """Feed (AUROC, loss) of epochs to the callback, each with its own weight; return after how many it stopped."""
+    model = nn.Linear(1, 1)
+    rows: list[dict] = []
+    callback.learn = SimpleNamespace(model=model, history=SimpleNamespace(rows=rows))
+    for epoch, (auroc, loss) in enumerate(scores, 1):
+        model.weight.data.fill_(epoch)
+        rows.append({"epoch": epoch, "valid_auroc": auroc, "valid_loss": loss})
+        try:
+            callback.after_epoch()
+        except CancelFitException:
+            return epoch
+    return len(scores)
+
+
+def test_the_best_epoch_is_kept_whatever_comes_after() -> None:
+    best = BestEpoch(patience=0)
+    assert after_epochs(best, [(0.6, 1.0), (0.9, 0.5), (0.7, 0.1)]) == 3
+    assert best.epoch_of_best == 2
+    assert best.weights["weight"].item() == 2
+
+
+def test_of_equal_epochs_the_lower_loss_is_kept() -> None:
+    best = BestEpoch(patience=0)
+    after_epochs(best, [(0.9, 0.5), (0.9, 0.4), (0.9, 0.6)])
+    assert best.epoch_of_best == 2
+
+
+def test_training_stops_after_patience_epochs_without_a_better_one() -> None:
+    assert after_epochs(BestEpoch(patience=2), [(0.6, 1), (0.9, 1), (0.8, 1), (0.8, 1), (0.99, 1)]) == 4
+
+
+def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:
+    finite = FiniteLoss()
+    finite.before_fit()  # no problem yet
+    finite.problem = "the loss became nan"
+    with pytest.raises(CancelFitException):
+        finite.before_fit()  # as in the second phase of fine_tune
+
+
+def test_pretrained_weights_have_a_frozen_phase_first(films: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    body, _ = make_body("resnet18")
+    torch.save(
+        {f"0.{k}": v for k, v in body.state_dict().items()} | {"1.linear.bias": torch.zeros(2)}, tmp_path / "w.pth"
+    )
+    config = TrainConfig(
+        data=str(films), out=str(tmp_path), name="x", size=32, epochs=2, freeze_epochs=1, arch="resnet18",
+        weights=str(tmp_path / "w.pth"), batch_size=8, keep_checkpoints=True,
+    )  # fmt: skip
+    run, _ = train(config)
+    history = pd.read_csv(run / "history.csv")
+    assert history["phase"].tolist() == ["frozen", "fine-tune", "fine-tune"]
+    assert history["epoch"].tolist() == [1, 2, 3]
+    kept = torch.load(run / "checkpoints" / "last.pth", weights_only=True)
+    assert len(kept["history"]) == 3
