@@ -35,7 +35,7 @@ def main(run: Path, images: list[str], limit: float = 1e-4) -> None:
         sums = out["evidence"].sum((2, 3)) + np.array(predictor.card["bias"], np.float32)
         evidence = max(evidence, float(np.abs(sums - out["logits"]).max()))
     print(
-        f"{len(paths)} films: largest difference of a probability {probability:.2e}, of evidence and logit {evidence:.2e}"
+        f"{len(paths)} films: probabilities differ by at most {probability:.2e}, evidence and logit by {evidence:.2e}"
     )
     raise typer.Exit(0 if max(probability, evidence) <= limit else 1)
 

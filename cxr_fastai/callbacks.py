@@ -124,8 +124,10 @@ class History(Callback):
         return torch.cat([logits for logits, _, _ in outputs]), torch.cat([target for _, target, _ in outputs])
 
     def _accuracy(self, logits: torch.Tensor, target: torch.Tensor) -> float:
-        right = (logits > 0) == (target > 0.5) if self.multilabel else logits.argmax(1) == target
-        return right.float().mean().item()
+        if not self.multilabel:
+            return (logits.argmax(1) == target).float().mean().item()
+        sure = (target == 0) | (target == 1)  # neither unknown (NaN) nor a soft label
+        return ((logits > 0) == (target == 1))[sure].float().mean().item()
 
     def _auroc(self, logits: torch.Tensor, target: torch.Tensor) -> float:
         probabilities = logits.sigmoid() if self.multilabel else logits.softmax(1)

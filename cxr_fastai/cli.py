@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Error
 nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not start, 130 stopped by the user.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,17 @@ from typing import Annotated, Any
 import typer
 
 from cxr_fastai import __version__
-from cxr_fastai.config import ARCHITECTURES, DEVICES, PRECISIONS, TASKS, GenerateConfig, Limits, TrainConfig, require
+from cxr_fastai.config import (
+    ARCHITECTURES,
+    DEVICES,
+    PRECISIONS,
+    TASKS,
+    UNCERTAIN,
+    GenerateConfig,
+    Limits,
+    TrainConfig,
+    require,
+)
 from cxr_fastai.errors import CxrError, UsageError
 from cxr_fastai.runs import atomic_path, write_text
 
@@ -52,6 +63,13 @@ Test = Annotated[float, typer.Option(help="Share of films kept for the test, by 
 Valid = Annotated[float, typer.Option(help="Share of films for validation, by patient.", rich_help_panel="Data")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out films that cannot be read.", rich_help_panel="Data")
+]
+Uncertain = Annotated[
+    str,
+    typer.Option(help=f"Train findings called uncertain (-1) as: {', '.join(UNCERTAIN)}.", rich_help_panel="Data"),
+]
+HashIds = Annotated[
+    bool, typer.Option("--hash-ids", help="Store a hash instead of each patient id.", rich_help_panel="Data")
 ]
 Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
 Arch = Annotated[str, typer.Option(help=f"Network: {', '.join(ARCHITECTURES)}.", rich_help_panel="Training")]
@@ -169,6 +187,8 @@ def train(
     test: Test = TrainConfig.test,
     valid: Valid = TrainConfig.valid,
     skip_bad: SkipBad = False,
+    uncertain: Uncertain = TrainConfig.uncertain,
+    hash_ids: HashIds = False,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
@@ -199,16 +219,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
+    config = train_config(locals())
     from cxr_fastai.console import Console
 
     console = Console(machine=as_json)
-    config = TrainConfig(
-        name=name, out=out, seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test,
-        valid=valid, skip_bad=skip_bad, arch=arch, weights=weights, size=size, batch_size=batch_size, epochs=epochs,
-        freeze_epochs=freeze_epochs, lr=learning_rate(lr), weight_decay=weight_decay, dropout=dropout, augment=augment,
-        patience=patience, precision=precision, device=device, keep_checkpoints=keep_checkpoints,
-        data=str(data or DEFAULT_DATA),
-    )  # fmt: skip
     ensure_phantoms(data, console)
     with console.busy("Starting fastai"):
         from cxr_fastai.training import train as run_training
@@ -218,6 +232,13 @@ def train(
     console.say(f"Run folder: {run}   report: {run / 'report.html'}   next: python cli.py predict IMAGE")
     if as_json:
         print_json({**metrics, "run": str(run)})
+
+
+def train_config(given: dict[str, Any]) -> TrainConfig:
+    """Return the config that a command's options make: they bear the names of its fields."""
+    settings = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
+    rate = {"lr": learning_rate(given["lr"])} if "lr" in given else {}
+    return TrainConfig(**{**settings, **rate, "data": str(given["data"] or DEFAULT_DATA)})
 
 
 def learning_rate(text: str) -> float | None:
@@ -269,6 +290,8 @@ def lr_find(
     test: Test = TrainConfig.test,
     valid: Valid = TrainConfig.valid,
     skip_bad: SkipBad = False,
+    uncertain: Uncertain = TrainConfig.uncertain,
+    hash_ids: HashIds = False,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
@@ -281,14 +304,10 @@ def lr_find(
     as_json: Json = False,
 ) -> None:
     """Find a learning rate: fastai's lr_find over several seeds, with the spread and a plot."""
+    config = train_config(locals())
     from cxr_fastai.console import Console
 
     console = Console(machine=as_json)
-    config = TrainConfig(
-        seed=seed, task=task, positive=positive, patient_regex=patient_regex, test=test, valid=valid, skip_bad=skip_bad,
-        arch=arch, weights=weights, size=size, batch_size=batch_size, weight_decay=weight_decay, dropout=dropout,
-        augment=augment, precision=precision, device=device, data=str(data or DEFAULT_DATA),
-    )  # fmt: skip
     ensure_phantoms(data, console)
     with console.busy("Starting fastai"):
         from cxr_fastai.explore import find_rate

@@ -12,6 +12,7 @@ from typing import Any, Self
 from cxr_fastai.errors import UsageError
 
 TASKS = ("auto", "binary", "multiclass", "multilabel")
+UNCERTAIN = ("ignore", "ones", "zeros", "soft")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 # torchvision names whose body ends in a map of features, so that evidence has a place.
@@ -136,6 +137,9 @@ class DataConfig(Saved):
     patient_regex: finds the patient id in a file name (first group); None knows Kermany's and NIH's names.
     test, valid: shares of the whole, by patient. seed: of the split.
     skip_bad: leave out films that cannot be read, instead of refusing the data.
+    uncertain: what a finding that a source calls uncertain (-1) is trained as: `ignore` leaves it out of the loss,
+        `ones` and `zeros` take it for present or absent, `soft` for 0.7 present. Nothing is ever measured on it.
+    hash_ids: store a hash instead of each patient id (pseudonymisation, not anonymisation; file names stay).
     """
 
     data: str = "data/synthetic"
@@ -146,9 +150,12 @@ class DataConfig(Saved):
     valid: float = 0.1
     seed: int = 0
     skip_bad: bool = False
+    uncertain: str = "ignore"
+    hash_ids: bool = False
 
     def __post_init__(self) -> None:
         require(self.task in TASKS, "--task", self.task, f"one of {', '.join(TASKS)}")
+        require(self.uncertain in UNCERTAIN, "--uncertain", self.uncertain, f"one of {', '.join(UNCERTAIN)}")
         require(0 < self.test < 1, "--test", self.test, "a share above 0 and below 1")
         require(0 < self.valid < 1, "--valid", self.valid, "a share above 0 and below 1")
         require(self.test + self.valid < 1, "--test plus --valid", self.test + self.valid, "below 1")

@@ -1,14 +1,15 @@
 """table -> fastai DataLoaders: a DataBlock with item and batch transforms over `images.read_radiograph`.
 
 In: a table with `path`, `label`, `split` (see `table.py`). Out: batches of films (N, 3, size, size) float32, the
-ImageNet mean and deviation taken off, with their labels. Every film is decoded once, before the first epoch,
-into memory; a film that cannot be read is found and named there.
+ImageNet mean and deviation taken off, with their labels. Every film is decoded once, before the first epoch, into
+the cache that later runs share (see `cache.py`); a film that cannot be read is found and named there.
 
 All functions that a Learner keeps are named ones of this module, so that its export stores them by reference.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from fastai.torch_core import TensorImageBW
 from fastai.vision.augment import PadMode, RandTransform, aug_transforms
 from fasttransform import Transform
 
-from cxr_fastai.config import TrainConfig
+from cxr_fastai.cache import FilmCache, Place
+from cxr_fastai.config import Limits, TrainConfig
 from cxr_fastai.errors import DataError, UnreadableImage
-from cxr_fastai.images import read_radiograph, to_input
+from cxr_fastai.images import _read_bytes, read_radiograph, to_input
+from cxr_fastai.table import targets_of, told_of
 
 # Of ImageNet's training set, as torchvision's pretrained weights expect them (torchvision model documentation).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,28 +40,51 @@ class TensorRadiograph(TensorImageBW):
 
 
 class OpenFilm(Transform):
-    """Path -> TensorRadiograph (1, size, size), from memory where the film was read before.
+    """Path -> TensorRadiograph (1, size, size), from the cache or memory where the film was read before.
 
-    The films in memory are 16 bit, so that they differ from the file by less than 1e-5; they are left out of
-    every pickle: an exported Learner carries no images.
+    Cached films are 16 bit, so that they differ from the file by less than 1e-5. They are left out of every pickle: an
+    exported Learner carries no images. Only a worker process that is being spawned is told where in the cache they lie.
+
+    Attributes
+    ----------
+    warning : str or None
+        Why films could not be cached, one line; set by `read_films`.
     """
 
     def __init__(self, size: int):
         self.size = size
-        self.films: dict[str, np.ndarray] = {}
+        self.films: dict[str, Place | np.ndarray] = {}
+        self.cache: FilmCache | None = None
+        self.warning: str | None = None
 
     def encodes(self, path: str) -> TensorRadiograph:  # noqa: D102
         film = self.films.get(path)
+        if isinstance(film, Place):
+            film = self.opened().at(film)
         pixels = to_input(read_radiograph(path), self.size) if film is None else film.astype(np.float32) / UINT16_MAX
         return TensorRadiograph(torch.from_numpy(pixels)[None])
 
+    def opened(self) -> FilmCache:
+        """Return the cache, opened at the first use; raise UsageError where its settings make no sense."""
+        self.cache = self.cache or FilmCache(self.size)
+        return self.cache
+
     def remember(self, path: str) -> None:
-        """Read one film into memory; raise UnreadableImage where it cannot be read."""
-        pixels = to_input(read_radiograph(path), self.size)
-        self.films[path] = np.round(pixels * UINT16_MAX).astype(np.uint16)
+        """Have one film in the cache or in memory; raise UnreadableImage where it cannot be read."""
+        cache, data = self.opened(), _read_bytes(path, Limits())
+        key = cache.key(data)
+        film: Place | np.ndarray | None = cache.find(key)
+        if film is None:
+            pixels = to_input(read_radiograph(data), self.size)
+            film = cache.keep(key, np.round(pixels * UINT16_MAX).astype(np.uint16))
+        self.films.pop(path, None)
+        if film is not None:
+            self.films[path] = film
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "films": {}}
+        spawning = get_spawning_popen() is not None
+        places = {path: film for path, film in self.films.items() if spawning and isinstance(film, Place)}
+        return {**self.__dict__, "films": places, "cache": None, "warning": None}
 
 
 class RandomShiftCrop(RandTransform):
@@ -95,12 +121,52 @@ def film_label(row: pd.Series) -> str:
     return row["label"]
 
 
+def film_targets(row: pd.Series) -> np.ndarray:
+    """Return what is known of each finding on a table row, (K,) float32: 1, 0, or NaN for unknown."""
+    return row["targets"]
+
+
 def film_findings(row: pd.Series) -> list:
     """Return the findings of a multi-label table row; none is an empty list.
 
     fastai casts to the type that stands here, so it names no `list[str]`.
     """
     return row["label"].split("|") if row["label"] else []
+
+
+class KnownBCE(torch.nn.Module):
+    """Binary cross-entropy with logits, the mean over what is known: targets that are NaN count for nothing.
+
+    For fastai it also is what turns logits into probabilities and decisions, as its own `BCEWithLogitsLossFlat`.
+
+    Parameters
+    ----------
+    pos_weight : (K,) float32
+        How much more a finding that is there counts than one that is not.
+    """
+
+    pos_weight: torch.Tensor | None
+
+    def __init__(self, pos_weight: torch.Tensor | None = None):
+        super().__init__()
+        self.register_buffer("pos_weight", pos_weight)
+        self.reduction = "mean"
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss, or with ``reduction = "none"`` that of each entry (N, K), 0 where it is unknown."""
+        logits, targets = (t.as_subclass(torch.Tensor) for t in (logits, targets))  # type: ignore[arg-type]
+        known = ~targets.isnan()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, targets.nan_to_num(), pos_weight=self.pos_weight, reduction="none"
+        )
+        loss = loss * known
+        return loss if self.reduction == "none" else loss.sum() / known.sum().clamp(min=1)
+
+    def activation(self, logits: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return logits.sigmoid()
+
+    def decodes(self, probabilities: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return probabilities > 0.5
 
 
 def by_split(table: pd.DataFrame) -> tuple[list[int], list[int]]:
@@ -134,7 +200,11 @@ def batch_transforms(strength: float, cuda: bool) -> list[Transform]:
 
 
 def read_films(opener: OpenFilm, paths: Sequence[str], advance: Callable[[], None]) -> dict[str, str]:
-    """Read all films into the opener's memory, on as many threads as cores; return path -> reason of the bad ones."""
+    """Read all films into the cache, on as many threads as cores; return path -> reason of the bad ones.
+
+    A film that the cache holds already is not decoded again. `opener.warning` says where films could not be stored.
+    """
+    cache = opener.opened()
     bad: dict[str, str] = {}
 
     def read(path: str) -> None:
@@ -144,8 +214,12 @@ def read_films(opener: OpenFilm, paths: Sequence[str], advance: Callable[[], Non
             bad[path] = str(error)
         advance()
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(read, paths))
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(read, paths))
+    finally:
+        cache.close()
+    opener.warning = cache.warning
     return bad
 
 
@@ -166,17 +240,24 @@ def make_dataloaders(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm,
     Parameters
     ----------
     table
-        With `path`, `label`, `split` in train, valid, test; `attrs["classes"]` gives the order of the classes.
+        With `path`, `label`, `split` in train, valid, test; `attrs["classes"]` gives the order of the classes. With
+        columns `y_<finding>` (see `table.py`) what is unknown is NaN in the targets, and `config.uncertain` says what
+        is uncertain to training; validation leaves it out.
     opener
         Reads films; filled by `read_films` beforehand, it reads none twice.
     """
     seen = table[table["split"].isin(["train", "valid"])].reset_index(drop=True)
     classes, multilabel = table.attrs["classes"], table.attrs["task"] == "multilabel"
-    labels = MultiCategoryBlock(vocab=classes) if multilabel else CategoryBlock(vocab=classes)
+    masked = multilabel and bool(told_of(table))
+    if masked:
+        trained = (seen["split"] == "train").to_numpy()[:, None]
+        known = np.where(trained, targets_of(seen, classes, config.uncertain), targets_of(seen, classes))
+        seen = seen[["path", "split"]].assign(targets=list(known.astype(np.float32)))
+    labels = MultiCategoryBlock(encoded=masked, vocab=classes) if multilabel else CategoryBlock(vocab=classes)
     block = DataBlock(
         blocks=(TransformBlock(type_tfms=[opener]), labels),
         get_x=film_path,
-        get_y=film_findings if multilabel else film_label,
+        get_y=film_targets if masked else film_findings if multilabel else film_label,
         splitter=by_split,
         item_tfms=item_transforms(config.augment),
         batch_tfms=batch_transforms(config.augment, device.type == "cuda"),

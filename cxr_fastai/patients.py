@@ -7,9 +7,10 @@ other header value is kept, and none is printed. `pseudonym` is what ``--hash-id
 
 import contextlib
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ from cxr_fastai.images.guard import quiet
 
 NAMELESS = frozenset({"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "nan", "na", "n/a"})
 YEARS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}  # units of DICOM's age string (AS)
-HEADER_COLUMNS = {"view": "ViewPosition", "sex": "PatientSex", "modality": "Modality", "body_part": "BodyPartExamined"}
+HEADER_COLUMNS = {
+    "view": "ViewPosition", "age": "PatientAge", "sex": "PatientSex", "modality": "Modality",
+    "body_part": "BodyPartExamined",
+}  # fmt: skip
 
 # Name of the source, and where the patient stands in a path ("/" between folders), as the dataset's authors wrote it.
 PATIENT_PATTERNS = (
@@ -43,7 +47,7 @@ def read_header(path: str | Path) -> dict[str, str]:
         Those that are present, as printable text of at most 64 characters. Empty for other files and for damaged ones:
         what is wrong with a file is the reader's to say.
     """
-    if Path(path).suffix.lower() in (*RASTER_SUFFIXES, ".pgm"):
+    if str(path).lower().endswith((*RASTER_SUFFIXES, ".pgm")):
         return {}
     import pydicom
 
@@ -71,14 +75,9 @@ def pseudonym(patient: str) -> str:
 
 def add_header_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Fill view, age (years), sex, modality and body_part from the ``header`` column where the source says nothing."""
-    headers = table["header"]
-    columns: dict[str, Callable[[Mapping[str, str]], object]] = {
-        column: (lambda header, field=field: header.get(field, "")) for column, field in HEADER_COLUMNS.items()
-    }
-    found = {column: headers.map(get) for column, get in columns.items()} | {
-        "age": headers.map(lambda header: years(header.get("PatientAge", "")))
-    }
-    for column, values in found.items():
+    for column, field in HEADER_COLUMNS.items():
+        values = pd.Series([header.get(field, "") for header in table["header"]], table.index, dtype=object)
+        values = values.map(years).astype(float) if column == "age" else values
         if column not in table.columns:
             if (values.notna() & (values != "")).any():
                 table[column] = values
@@ -114,23 +113,26 @@ def set_patients(table: pd.DataFrame, patient_regex: str | None, origin: str | N
 
 def _known_patients(table: pd.DataFrame) -> tuple[list[str], str]:
     given = table["patient_id"] if "patient_id" in table.columns else [""] * len(table)
-    stems = Counter(Path(name).stem for name in table["name"])
+    stems = Counter(_stem(name) for name in table["name"])
     ids, sources = [], []
     for header, name, known in zip(table["header"], table["name"], given, strict=True):
-        match = next(((s, m[1]) for s, p in PATIENT_PATTERNS if (m := p.search(Path(name).as_posix()))), None)
         if known.lower() not in NAMELESS:
             patient, origin = known, "column patient_id"
         elif (stated := header.get("PatientID", "")).lower() not in NAMELESS:
             patient, origin = stated, "DICOM PatientID"
-        elif match:
+        elif match := next(((s, m[1]) for s, p in PATIENT_PATTERNS if (m := p.search(Path(name).as_posix()))), None):
             origin, patient = match
         else:
-            stem = Path(name).stem
+            stem = _stem(name)
             patient, origin = (stem if stems[stem] == 1 else name), "one patient an image"
         ids.append(patient)
         sources.append(origin)
     counts = Counter(sources).most_common()
     return ids, counts[0][0] if len(counts) == 1 else ", ".join(f"{origin} ({n} images)" for origin, n in counts)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]  # noqa: PTH119, PTH122 (a tenth of pathlib's time, 100,000 times)
 
 
 def _patient_finder(pattern: str) -> Callable[[str], str]:

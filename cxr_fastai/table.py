@@ -1,26 +1,29 @@
-"""The table: one row an image, read from class folders or from a CSV file, and split by patient.
+"""The table: one row an image, read from class folders, a CSV file, a DICOM tree or a public dataset as it is.
 
-In: a folder (``DATA/<class>/*.png``, ``DATA/{train,valid,test}/<class>/``, ``DATA/images/<class>/``, or any folder with
-a ``labels.csv`` or ``manifest.csv``) or a CSV file with ``path,label[,patient_id][,split][,findings,view,age,sex]``.
-Out: a DataFrame with the columns ``path`` (opens from the current folder), ``label`` (several findings are joined by
-``|``, none is the empty text), ``patient_id`` and ``split`` (``train``, ``valid``, ``test``, or empty before
-`split_table`), then what the source offers besides. Its ``attrs`` hold
+In: a folder (``DATA/<class>/*.png``, ``DATA/{train,valid,test}/<class>/``, ``DATA/images/<class>/``, any folder with a
+``labels.csv`` or ``manifest.csv``, or the root of a public dataset, see `cxr_fastai.sources`) or a CSV file (see
+`cxr_fastai.listing`). Out: a DataFrame with the columns ``path`` (opens from the current folder), ``label`` (several
+findings are joined by ``|``, none is the empty text), ``patient_id`` and ``split`` (``train``, ``valid``, ``test``, or
+empty before `cxr_fastai.split`), then what the source offers besides, such as ``view``, ``age`` (years) and ``sex``.
+
+A multi-label source that knows of each finding whether it is there has a column ``y_<finding>`` for each: 1 yes, 0 no,
+-1 uncertain, NaN unknown. ``label`` then holds the sure findings. `targets_of` makes of either form what a loss or a
+metric takes. ``attrs`` hold
 
     task            "binary", "multiclass" or "multilabel"
-    classes         sorted class names (multi-label: all findings seen)
+    classes         sorted class names (multi-label: all findings that some film surely has)
+    targets         True where there are columns ``y_<finding>``
     patients_from   where the patient ids come from, in words
     source          the folder or CSV file that was read
+    source_kind     "folders", "csv", or the public dataset: "nih", "chexpert", "mimic", "rsna", "kermany",
+                    "shenzhen", "montgomery"
+    notes           what was left out, one line each, for people
 
 Pixels are not opened here; what is wrong with them is for `cxr_fastai.audit` to find.
 """
 
-import contextlib
 import json
-import os
-import re
-import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,37 +32,35 @@ import pandas as pd
 from cxr_fastai.config import TASKS
 from cxr_fastai.errors import DataError, UsageError
 from cxr_fastai.images import films_below
+from cxr_fastai.listing import SPLIT_ALIASES, SPLITS, folder_listing, read_listing
+from cxr_fastai.patients import add_header_columns, read_header, set_patients
+from cxr_fastai.sources import TARGET, Source, counted, find_source
 
-SPLITS = ("train", "valid", "test")
-SPLIT_ALIASES = {"training": "train", "val": "valid", "validation": "valid", "testing": "test"}
 NO_FINDING = frozenset({"", "no finding", "no_finding", "no findings", "none", "normal"})
 NEGATIVE = NO_FINDING | {"negative", "neg", "healthy", "control", "absent", "benign", "clear", "no", "n", "false", "0"}
-NAMELESS = frozenset({"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "nan", "na", "n/a"})
-FOLDER_CSVS = ("labels.csv", "manifest.csv")
-
-# Name of the source, and where the patient stands in a path ("/" between folders), as the dataset's authors wrote it.
-PATIENT_PATTERNS = (
-    ("Kermany file names", re.compile(r"(?:^|/)(person\d+)_[^/]*$")),
-    ("Kermany file names", re.compile(r"(?:^|/)((?:NORMAL\d*-)?IM-\d+)-\d+[^/]*$")),
-    ("NIH file names", re.compile(r"(?:^|/)(\d{8})_\d{3}\.[^/]*$")),
-    ("CheXpert folders", re.compile(r"(?:^|/)(patient\d+)/study\d+/[^/]*$")),
-    ("MIMIC folders", re.compile(r"(?:^|/)(p\d{8})/s\d{8}/[^/]*$")),
-)
+UNCERTAIN = -1.0
+# What each of `config.UNCERTAIN` trains an uncertain finding as. The first three are those of CheXpert's paper (Irvin
+# et al., AAAI 2019); soft is the middle of 0.55 to 0.85, from which Pham et al. (Neurocomputing 2021) draw theirs.
+UNCERTAIN_AS = {"ignore": np.nan, "ones": 1.0, "zeros": 0.0, "soft": 0.7}
 
 
-def load_table(data: str | Path, *, task: str = "auto", patient_regex: str | None = None) -> pd.DataFrame:
+def load_table(
+    data: str | Path, *, task: str = "auto", patient_regex: str | None = None, hash_ids: bool = False
+) -> pd.DataFrame:
     """Read a folder or a CSV file into the table.
 
     Parameters
     ----------
     data
-        A folder of class folders, a folder with ``labels.csv`` or ``manifest.csv``, or a CSV file.
+        A folder or a CSV file, as the module describes them.
     task
         ``auto``: multi-label if any label holds a ``|`` or ``dataset.json`` says so, binary for two classes, else
         multi-class. Asked for as ``multilabel`` with labels of one word, the ``findings`` column becomes the label.
     patient_regex
         Where the patient id stands in the file name (its first group, else the whole match); with a ``/`` in it, it
         is searched in the path below `data`. It goes before the ``patient_id`` column.
+    hash_ids
+        Store `patients.pseudonym` instead of each patient id. File names stay, and may hold the id.
 
     Returns
     -------
@@ -78,16 +79,25 @@ def load_table(data: str | Path, *, task: str = "auto", patient_regex: str | Non
     source = Path(data)
     if not source.exists():
         raise DataError(f"{source} does not exist; give a folder of class folders or a CSV file with path,label")
-    listing = source if source.is_file() else _folder_csv(source)
-    table = _read_csv(listing) if listing else _read_folders(source)
-    table, resolved = _set_task(table, task, source if source.is_dir() else source.parent)
-    _set_patients(table, patient_regex)
-    table = table.sort_values("path", ignore_index=True).drop(columns="name")
+    found = _read(source, hash_ids)
+    task = "multilabel" if task == "auto" and found.kind == "nih" else task
+    table, resolved = _set_task(found.rows.copy(), task, source if source.is_dir() else source.parent)
+    if "header" not in table.columns:
+        table["header"] = table["path"].map(read_header)
+    table = add_header_columns(table)
+    set_patients(table, patient_regex, found.patients_from, hash_ids)
+    patients_from, notes = table.attrs["patients_from"], list(found.notes)
+    if found.kind == "kermany":
+        table = _without_patients_of_test(table, notes)
+    table = table.sort_values("path", ignore_index=True).drop(columns=["name", "header"])
+    classes = classes_of(table["label"], resolved)
+    if unseen := [name for name in told_of(table) if name not in classes]:
+        notes.append(f"not learned, since no film surely has it: {', '.join(unseen)}")
     first = ["path", "label", "patient_id", "split"]
     table = table[first + [c for c in table.columns if c not in first]]
-    classes = _classes(table["label"], resolved)
     _check_classes(table, classes, resolved, source)
-    table.attrs.update(task=resolved, classes=classes, source=str(source))
+    table.attrs = {"task": resolved, "classes": classes, "targets": bool(told_of(table))}
+    table.attrs |= {"patients_from": patients_from, "source": str(source), "source_kind": found.kind, "notes": notes}
     return table
 
 
@@ -103,91 +113,74 @@ def positive_class(classes: Sequence[str]) -> str:
     return next(c for c in classes if c not in negative) if len(negative) == 1 else sorted(classes)[-1]
 
 
-def check_split(table: pd.DataFrame) -> None:
-    """Refuse a split that puts one patient on both sides.
-
-    Raises
-    ------
-    DataError
-        Naming the first patients and how many there are.
-    """
-    splits = table[table["split"] != ""].groupby("patient_id")["split"].unique()
-    torn = splits[splits.map(len) > 1]
-    if len(torn):
-        first = ", ".join(f"{p} ({'+'.join(sorted(s))})" for p, s in torn.head(3).items())
-        raise DataError(
-            f"{_count(len(torn), 'patient')} on both sides of the split: {first}{' ...' if len(torn) > 3 else ''}; "
-            "split by patient (leave the split empty and it is made so), or correct the patient ids (--patient-regex)"
-        )
+def classes_of(labels: pd.Series, task: str) -> list[str]:
+    """Return the sorted class names in a label column; multi-label: all findings, and not the empty text."""
+    if task != "multilabel":
+        return sorted(set(labels))
+    return sorted({part for label in set(labels) for part in label.split("|")} - {""})
 
 
-def split_table(table: pd.DataFrame, *, seed: int = 0, test: float = 0.2, valid: float = 0.1) -> pd.DataFrame:
-    """Fill in ``split``: whole patients, stratified by label, the same for the same seed in any row order.
+def told_of(table: pd.DataFrame) -> list[str]:
+    """Return the findings of which the table says whether they are there, in columns ``y_<finding>``; mostly none."""
+    return [column.removeprefix(TARGET) for column in table.columns if column.startswith(TARGET)]
 
-    Patients are dealt rarest label first, those with most images first, each to the split that lacks its labels most
-    in proportion: the iterative stratification of Sechidis et al. (ECML PKDD 2011), with patients for examples and
-    Sainte-Laguë's rule (half of what is being dealt counts) for rounding. Splits that the source gives are kept; one
-    that it lacks is taken out of its train.
+
+def targets_of(table: pd.DataFrame, classes: Sequence[str], uncertain: str = "ignore") -> np.ndarray:
+    """Return what is known of each finding on each film, for a loss or a metric.
 
     Parameters
     ----------
     table
-        As `load_table` gives it.
-    seed
-        Of the order among patients that are alike.
-    test, valid
-        Fractions of the whole; 0 makes none.
+        Multi-label, with columns ``y_<finding>`` (numbers, or text as in split.csv) or else with ``label`` alone,
+        which then is taken to name every finding that is there.
+    classes
+        The k findings; one without a column among others that have one is unknown on every film.
+    uncertain
+        What -1 becomes: `UNCERTAIN_AS`. Only training takes anything but "ignore": nothing is measured against a guess.
 
     Returns
     -------
-    pandas.DataFrame
-        A copy with every ``split`` filled.
-
-    Raises
-    ------
-    DataError
-        If the source's split tears a patient apart, or a class is missing from a split.
-    UsageError
-        If the fractions make no sense.
+    numpy.ndarray
+        float64 (n, k): 1 there, 0 not there, NaN unknown, and with "soft" 0.7 for uncertain.
     """
-    if test < 0 or valid < 0 or test + valid >= 1:
-        raise UsageError(f"test {test:g} and valid {valid:g} must not be negative, and leave something to train on")
-    given = set(table["split"]) - {""}
-    if given and (table["split"] == "").any():
-        raise DataError(f"{(table['split'] == '').sum()} of {len(table)} images have no split; fill in all, or none")
-    if given and "train" not in given:
-        raise DataError(f"the split has no train, only {', '.join(sorted(given))}; name it, or leave all splits empty")
-    check_split(table)
-    table = table.copy()
-    wanted = {name: part for name, part in (("valid", valid), ("test", test)) if part > 0 and name not in given}
-    pool = table["split"].isin(["", "train"]).to_numpy()
-    share = {name: part * len(table) / pool.sum() for name, part in wanted.items()}
-    if sum(share.values()) >= 1:
-        raise DataError(f"{pool.sum()} images in train are too few to take {' and '.join(wanted)} from; lower them")
-    if wanted or not given:
-        fractions = {"train": 1 - sum(share.values())} | share
-        table.loc[pool, "split"] = _deal(table[pool], fractions, seed)
-    _check_split_classes(table, {"train"} | set(wanted) | given)
-    return table
+    if told_of(table):
+        columns = [
+            pd.to_numeric(table.get(TARGET + c, pd.Series(np.nan, table.index)), errors="coerce") for c in classes
+        ]
+        y = np.column_stack([column.to_numpy(dtype=float) for column in columns])
+        y[y == UNCERTAIN] = UNCERTAIN_AS[uncertain]
+        return y
+    named = [set(label.split("|")) for label in table["label"]]
+    return np.array([[c in names for c in classes] for names in named], dtype=float).reshape(len(table), len(classes))
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def _read(source: Path, hash_ids: bool) -> Source:
+    """Read the rows of a source: its own list goes before the files of a public dataset, these before class folders."""
+    listing = source if source.is_file() else folder_listing(source)
+    if listing:
+        rows, notes = read_listing(listing, hash_ids=hash_ids)
+        return Source("csv", rows, notes=notes)
+    return find_source(source) or Source("folders", _read_folders(source))
+
+
+def _without_patients_of_test(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Leave out of train who is in the test, too: Kermany's folders number persons so that this cannot be ruled out."""
+    tested = set(table.loc[table["split"] == "test", "patient_id"])
+    twice = (table["split"] == "train") & table["patient_id"].isin(tested)
+    if twice.any():
+        people = table.loc[twice, "patient_id"].nunique()
+        notes.append(
+            f"left out: {counted(int(twice.sum()), 'film')} in train of {counted(people, 'person number')} "
+            "that the test has, too"
+        )
+    return table[~twice]
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__MACOSX")))
-
-
-def _folder_csv(folder: Path) -> Path | None:
-    """Return the folder's own list of images, if it has one with the columns that are needed."""
-    for path in (folder / name for name in FOLDER_CSVS):
-        if path.is_file() and {"path", "label"} <= set(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns):
-            return path
-    return None
 
 
 def _read_folders(data: Path) -> pd.DataFrame:
@@ -214,86 +207,26 @@ def _read_folders(data: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["path", "label", "split", "name"])
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Read a list of images; every cell is text, paths are those of its folder (or else of the current one)."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read as CSV ({str(error).strip()}); save it as comma-separated UTF-8"
-        ) from error
-    missing = [c for c in ("path", "label") if c not in table.columns]
-    if missing:
-        found = ", ".join(map(str, table.columns))
-        raise DataError(f"{path} has no column {' or '.join(missing)}; it has: {found}; rename them to path,label")
-    if table.empty:
-        raise DataError(f"{path} lists no images; give one row an image")
-    table = table.apply(lambda column: column.str.strip())
-    table["name"] = table["path"]
-    table["path"] = _resolve(table["name"], path)
-    table["split"] = _splits(table["split"], path) if "split" in table.columns else ""
-    if "age" in table.columns:
-        years = pd.to_numeric(table["age"].replace("", None), errors="coerce")
-        table["age"] = years if years.notna().equals(table["age"] != "") else table["age"]
-    return _without_repeats(table, path)
-
-
-def _resolve(names: pd.Series, listing: Path) -> list[str]:
-    for base in (listing.parent, Path()):
-        paths = [str(base / name) for name in names]
-        missing = [name for name, path in zip(names, paths, strict=True) if not name or not Path(path).is_file()]
-        if not missing:
-            return paths
-    first = [n for n in names if not n or not (listing.parent / n).is_file()]
-    raise DataError(
-        f"{listing} lists {_count(len(first), 'file')} of {len(names)} that cannot be found: "
-        f"{', '.join(n or '(empty)' for n in first[:3])}{' ...' if len(first) > 3 else ''}; "
-        f"paths are relative to {listing.parent.resolve()}"
-    )
-
-
-def _splits(values: pd.Series, listing: Path) -> pd.Series:
-    values = values.str.lower().replace(SPLIT_ALIASES)
-    unknown = sorted(set(values) - {*SPLITS, ""})
-    if unknown:
-        raise DataError(
-            f"{listing} has unknown split {', '.join(unknown[:3])}; use train, valid or test, or leave it empty"
-        )
-    return values
-
-
-def _without_repeats(table: pd.DataFrame, listing: Path) -> pd.DataFrame:
-    """Keep one of equal rows; refuse rows that say different things about one image."""
-    key = table["path"].map(os.path.normpath)
-    for column in ("label", "patient_id", "split"):
-        if column in table.columns:
-            said = table.groupby(key)[column].unique()
-            torn = said[said.map(len) > 1]
-            if len(torn):
-                raise DataError(
-                    f"{listing} gives {_count(len(torn), 'image')} two values of {column}: "
-                    f"{torn.index[0]} is {' and '.join(v or '(empty)' for v in torn.iloc[0])}; keep one row an image"
-                )
-    return table[~key.duplicated()]
-
-
 # Meaning -------------------------------------------------------------------------------------------------------------
 
 
 def _set_task(table: pd.DataFrame, task: str, folder: Path) -> tuple[pd.DataFrame, str]:
-    several = table["label"].str.contains("|", regex=False).any()
+    several = bool(told_of(table)) or table["label"].str.contains("|", regex=False).any()
     resolved: str = task
     if task == "auto":
         record = folder / "dataset.json"
         declared = _declared_task(record) if record.is_file() else None
         resolved = "multilabel" if several or declared == "multilabel" else ""
     elif several and task != "multilabel":
-        raise DataError(f"task {task} cannot have several labels an image (a | in the label); use task multilabel")
+        raise DataError(
+            f"task {task} cannot have several labels an image (a | in the label, or columns of findings); "
+            "use task multilabel"
+        )
     if resolved != "multilabel":
         empty = table.loc[table["label"] == "", "path"]
         if len(empty):
             raise DataError(
-                f"{_count(len(empty), 'image')} without a label, such as {empty.iloc[0]}; fill in or remove"
+                f"{counted(len(empty), 'image')} without a label, such as {empty.iloc[0]}; fill in or remove"
             )
         n = table["label"].nunique()
         if task == "binary" and n > 2:
@@ -305,7 +238,7 @@ def _set_task(table: pd.DataFrame, task: str, folder: Path) -> tuple[pd.DataFram
         unnamed = table[(table["findings"] == "") & ~table["label"].str.lower().isin(NEGATIVE)]
         if len(unnamed):
             raise DataError(
-                f"{_count(len(unnamed), 'image')} labelled but without findings, such as {unnamed['path'].iloc[0]} "
+                f"{counted(len(unnamed), 'image')} labelled but without findings, such as {unnamed['path'].iloc[0]} "
                 f"({unnamed['label'].iloc[0]}); fill in findings, or leave these images out"
             )
         table = table.assign(label=table["findings"])
@@ -326,125 +259,13 @@ def _normal_findings(label: str) -> str:
     return "|".join(sorted({part.strip() for part in label.split("|") if part.strip().lower() not in NO_FINDING}))
 
 
-def _classes(labels: pd.Series, task: str) -> list[str]:
-    return (
-        sorted({part for label in set(labels) for part in label.split("|")} - {""})
-        if task == "multilabel"
-        else sorted(set(labels))
-    )
-
-
 def _check_classes(table: pd.DataFrame, classes: list[str], task: str, source: Path) -> None:
     if task == "multilabel":
         if not classes:
             raise DataError(
-                f"{source} has no findings at all in {_count(len(table), 'image')}; add images with findings"
+                f"{source} has no findings at all in {counted(len(table), 'image')}; add images with findings"
             )
     elif len(classes) < 2:
         raise DataError(
-            f"{source} has only one class, {classes[0]} ({_count(len(table), 'image')}); at least two are needed"
+            f"{source} has only one class, {classes[0]} ({counted(len(table), 'image')}); at least two are needed"
         )
-
-
-def _set_patients(table: pd.DataFrame, patient_regex: str | None) -> None:
-    """Write ``patient_id`` for every image, and ``attrs["patients_from"]``."""
-    if patient_regex is not None:
-        find = _patient_finder(patient_regex)
-        table["patient_id"] = [find(name) for name in table["name"]]
-        table.attrs["patients_from"] = f"pattern {patient_regex}"
-        return
-    given = table["patient_id"] if "patient_id" in table.columns else [""] * len(table)
-    stems = Counter(Path(name).stem for name in table["name"])
-    ids, sources = [], []
-    for path, name, known in zip(table["path"], table["name"], given, strict=True):
-        match = next(((s, m[1]) for s, p in PATIENT_PATTERNS if (m := p.search(Path(name).as_posix()))), None)
-        if known.lower() not in NAMELESS:
-            patient, origin = known, "column patient_id"
-        elif (stated := _dicom_patient(path)).lower() not in NAMELESS:
-            patient, origin = stated, "DICOM PatientID"
-        elif match:
-            origin, patient = match
-        else:
-            stem = Path(name).stem
-            patient, origin = (stem if stems[stem] == 1 else name), "one patient an image"
-        ids.append(patient)
-        sources.append(origin)
-    table["patient_id"] = ids
-    counts = Counter(sources).most_common()
-    table.attrs["patients_from"] = (
-        counts[0][0] if len(counts) == 1 else ", ".join(f"{origin} ({n} images)" for origin, n in counts)
-    )
-
-
-def _dicom_patient(path: str) -> str:
-    """Return the PatientID in a DICOM header; the empty text where there is none, or no header that can be read."""
-    if Path(path).suffix.lower() not in (".dcm", ".dicom"):
-        return ""
-    import pydicom
-
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # what is wrong with a file is the reader's to say
-        warnings.simplefilter("ignore")
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
-        return str(header.get("PatientID", "")).strip()
-    return ""
-
-
-def _patient_finder(pattern: str) -> Callable[[str], str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"patient pattern {pattern!r} is not a regular expression: {error}") from error
-
-    def find(name: str) -> str:
-        match = compiled.search(name if "/" in pattern else Path(name).name)
-        patient = (match.group(1) if compiled.groups else match.group()) if match else None
-        if not patient:
-            raise DataError(f"patient pattern {pattern!r} does not match {name}; it must find a patient in every name")
-        return patient
-
-    return find
-
-
-# Splitting -----------------------------------------------------------------------------------------------------------
-
-
-def _deal(table: pd.DataFrame, fractions: dict[str, float], seed: int) -> np.ndarray:
-    """Deal patients to splits; returns the split of each row, (n,) of str."""
-    findings = table["label"].str.get_dummies("|") if table.attrs.get("task") == "multilabel" else None
-    labels = pd.get_dummies(table["label"]) if findings is None else findings.assign(**{"": table["label"] == ""})
-    patients, row_of = np.unique(table["patient_id"].to_numpy(dtype=str), return_inverse=True)
-    held = np.zeros((len(patients), labels.shape[1] + 1))  # images of each patient with each label; the last counts all
-    np.add.at(held, row_of, np.column_stack([labels.sort_index(axis=1).to_numpy(dtype=float), np.ones(len(table))]))
-    total = np.maximum(held.sum(axis=0), 1)
-    rarest = np.where(held > 0, total, np.inf)[:, :-1].argmin(axis=1)
-    shuffled = np.random.default_rng(seed).permutation(len(patients))
-    order = shuffled[np.lexsort((rarest[shuffled], -held[shuffled, -1], total[rarest[shuffled]]))]
-
-    names = [name for name, part in fractions.items() if part > 0]
-    part = np.array([fractions[name] for name in names])
-    dealt = np.zeros((len(names), held.shape[1]))
-    left = (held > 0).sum(axis=0)  # patients with each label that are still to be dealt
-    choice = np.zeros(len(patients), dtype=int)
-    for patient in order:
-        own, label = held[patient], rarest[patient]
-        need = ((part[:, None] * total - dealt - own / 2) / part[:, None] / total) @ (own / total)
-        lacking = dealt[:, label] == 0
-        if left[label] <= lacking.sum():  # the last patients of a rare label go where it is missing
-            need = np.where(lacking, need, -np.inf)
-        choice[patient] = need.argmax()
-        dealt[choice[patient]] += own
-        left -= own > 0
-    return np.array(names, dtype=object)[choice[row_of]]
-
-
-def _check_split_classes(table: pd.DataFrame, wanted: set[str]) -> None:
-    task = table.attrs.get("task", "multiclass")
-    classes = table.attrs.get("classes") or _classes(table["label"], task)
-    for split in (s for s in SPLITS if s in wanted):
-        absent = sorted(set(classes) - set(_classes(table.loc[table["split"] == split, "label"], task)))
-        if absent:
-            patients = table[[absent[0] in label.split("|") for label in table["label"]]]["patient_id"].nunique()
-            raise DataError(
-                f"split {split} has no image of {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''} "
-                f"({absent[0]}: {_count(patients, 'patient')} in all); add patients of it, merge it, or leave it out"
-            )

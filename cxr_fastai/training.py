@@ -22,7 +22,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from torch import nn
 
@@ -30,7 +30,7 @@ from cxr_fastai import __version__
 from cxr_fastai.callbacks import Autocast, BestEpoch, Checkpoint, FiniteLoss, History, StopSignal
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
-from cxr_fastai.data import OpenFilm, make_dataloaders, read_films, without_unreadable
+from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders, read_films, without_unreadable
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
 from cxr_fastai.evaluate import evaluate_table, predictions_csv
 from cxr_fastai.export import check_parity, export_learner, export_onnx
@@ -38,7 +38,8 @@ from cxr_fastai.metrics import fit_temperature, youden_threshold
 from cxr_fastai.model import LoadedWeights, fold_calibration, make_learner
 from cxr_fastai.predict import Predictor
 from cxr_fastai.runs import finish, new_run, safe_cell, write_text
-from cxr_fastai.table import check_split, load_table, positive_class, split_table
+from cxr_fastai.split import check_split, split_table
+from cxr_fastai.table import load_table, positive_class, targets_of
 
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 PARITY_FILMS = 64
@@ -97,7 +98,7 @@ def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, A
 
 def prepare_table(config: TrainConfig, console: Console) -> pd.DataFrame:
     """Load the data and split it by patient; `attrs` gains `positive`, the class that a threshold is about."""
-    table = load_table(config.data, task=config.task, patient_regex=config.patient_regex)
+    table = load_table(config.data, task=config.task, patient_regex=config.patient_regex, hash_ids=config.hash_ids)
     attrs = dict(table.attrs)
     table = split_table(table, seed=config.seed, test=config.test, valid=config.valid)
     check_split(table)
@@ -108,6 +109,8 @@ def prepare_table(config: TrainConfig, console: Console) -> pd.DataFrame:
         f"{config.data}: {len(table)} films of {table['patient_id'].nunique()} patients, {attrs['task']} "
         f"({', '.join(attrs['classes'])}); by patient {sizes}"
     )
+    for note in attrs["notes"]:
+        console.say(note)
     return table
 
 
@@ -170,7 +173,7 @@ def write_record(run: Path, config: TrainConfig, table: pd.DataFrame, device: to
         "classes": table.attrs["classes"],
         "positive": table.attrs["positive"],
         "synthetic": (Path(config.data) / "dataset.json").is_file(),
-        "patients_from": table.attrs.get("patients_from"),
+        **{key: table.attrs.get(key) for key in ("patients_from", "source_kind", "notes")},
         "device": f"{device.type} ({hardware})",
         "precision": choose_precision(config, device),
         "versions": versions(),
@@ -185,16 +188,18 @@ def versions() -> dict[str, str]:
     return {"cxr_fastai": __version__, "python": platform.python_version(), **packages}
 
 
-def class_weights_of(table: pd.DataFrame) -> torch.Tensor:
+def class_weights_of(table: pd.DataFrame, uncertain: str = "ignore") -> torch.Tensor:
     """Return one weight a class (K,) float32 so that each class counts the same in the loss.
 
     Single label: n / (K n_c). Multi-label: negatives / positives of each finding, at most 20, for the positives.
-    Counted on the training films.
+    Counted on the training films, of each finding on those where it is known; `uncertain` is the config's.
     """
-    labels, classes = table.loc[table["split"] == "train", "label"], table.attrs["classes"]
+    train, classes = table[table["split"] == "train"], table.attrs["classes"]
     if table.attrs["task"] == "multilabel":
-        positive = np.array([labels.str.split("|").map(lambda names, c=c: c in names).sum() for c in classes])
-        return torch.tensor(np.minimum((len(labels) - positive) / np.maximum(positive, 1), 20), dtype=torch.float32)
+        y = targets_of(train, classes, uncertain)
+        positive, negative = np.nansum(y, axis=0), np.nansum(1 - y, axis=0)
+        return torch.tensor(np.minimum(negative / np.maximum(positive, 1), 20), dtype=torch.float32)
+    labels = train["label"]
     counts = np.array([(labels == c).sum() for c in classes])
     return torch.tensor(len(labels) / (len(classes) * counts), dtype=torch.float32)
 
@@ -204,12 +209,10 @@ def build_learner(
 ) -> tuple[Learner, LoadedWeights, torch.Tensor]:
     """Make the Learner of a run, seeded, with weights loaded, class weights in the loss and precision set."""
     set_seed(config.seed)
-    weights = class_weights_of(table)
+    weights = class_weights_of(table, config.uncertain)
     on_device = weights.to(device)
     multilabel = table.attrs["task"] == "multilabel"
-    loss: nn.Module = (
-        BCEWithLogitsLossFlat(pos_weight=on_device) if multilabel else CrossEntropyLossFlat(weight=on_device)
-    )
+    loss: nn.Module = KnownBCE(on_device) if multilabel else CrossEntropyLossFlat(weight=on_device)
     learn, loaded = make_learner(make_dataloaders(table, config, opener, device), config, loss)
     precision = choose_precision(config, device)
     learn.add_cb(ChannelsLast())
@@ -253,7 +256,7 @@ def fit(learn: Learner, config: TrainConfig, weights: LoadedWeights, run: Path, 
     phases = [FROZEN] * bool(frozen) + [FINE_TUNE if weights.pretrained else FROM_SCRATCH]
     epochs = config.epochs + config.freeze_epochs
     finite, best, stop = FiniteLoss(), BestEpoch(config.patience), StopSignal()
-    multilabel = isinstance(learn.loss_func, BCEWithLogitsLossFlat)
+    multilabel = isinstance(learn.loss_func, KnownBCE)
     lr = config.lr or TrainConfig.lr
 
     def say(row: dict[str, Any]) -> None:

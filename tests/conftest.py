@@ -1,6 +1,7 @@
 """Small fakes: films whose class is plain to see, and runs trained on them once a session."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def write_films(folder: Path, labels: list[str], *, seed: int = 0, patients: int
         path = folder / label / f"{i // patients:08d}_{i % patients:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(fake_film(rng, label)).save(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the films that tests decode, here and in processes they start, out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from cxr_fastai.data import (
     without_unreadable,
 )
 from cxr_fastai.errors import DataError
-from cxr_fastai.table import load_table, split_table
+from cxr_fastai.split import split_table
+from cxr_fastai.table import load_table
 
 
 def test_a_remembered_film_is_the_file_to_1e5_and_is_never_pickled(films: Path) -> None:

@@ -54,9 +54,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"no\*such: no such file or folder; give image files, folders"
-    ):
+    with pytest.raises(UsageError, match=r"no\*such: no such file or folder; give image files, folders"):
         find_inputs(["no*such"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty: no film in it"):

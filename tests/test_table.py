@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.table import check_split, load_table, positive_class, split_table
+from cxr_fastai.split import split_table
+from cxr_fastai.table import load_table, positive_class
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real-cxr"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films at {REAL}")
@@ -34,16 +34,6 @@ def listing(root, text, *films, name="labels.csv"):
     return path
 
 
-def made(labels, patients=None, **columns):
-    """Make a table of files that nobody opens."""
-    n = len(labels)
-    patients = [f"p{i}" for i in range(n)] if patients is None else patients
-    table = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "label": labels, "patient_id": patients, "split": ""})
-    several = any("|" in label or not label for label in labels)
-    table.attrs = {"task": "multilabel" if several else "multiclass"}
-    return table.assign(**columns)
-
-
 # Layouts
 
 
@@ -59,8 +49,11 @@ def test_class_folders(tmp_path):
     assert table.attrs == {
         "task": "binary",
         "classes": ["normal", "sick"],
+        "targets": False,
         "patients_from": "one patient an image",
         "source": str(tmp_path),
+        "source_kind": "folders",
+        "notes": [],
     }
 
 
@@ -272,108 +265,6 @@ def test_pattern_faults(tmp_path):
         load_table(tmp_path, patient_regex="(")
 
 
-# The split
-
-
-def counts(table):
-    return table.groupby(["split", "label"]).size().unstack(fill_value=0)
-
-
-def test_the_papers_750_films_are_split_exactly():
-    table = split_table(made(["abnormal", "normal"] * 375))
-    assert table["split"].value_counts().to_dict() == {"train": 525, "test": 150, "valid": 75}
-    assert counts(table).loc["test"].tolist() == [75, 75]
-    assert abs(counts(table).loc["valid"] - 37.5).max() == 0.5
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_patient_is_on_both_sides_and_classes_keep_their_share(seed):
-    rng = np.random.default_rng(seed)
-    patients = rng.integers(0, 300, 900)
-    labels = np.where(np.arange(300) % 5 == 0, "rare", "common")[patients]  # a label belongs to a patient
-    table = split_table(made(labels, patients.astype(str)), seed=seed)
-    check_split(table)
-    assert (table.groupby("patient_id")["split"].nunique() == 1).all()
-    whole = table["label"].value_counts()
-    for split, part in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
-        assert (counts(table).loc[split] - part * whole).abs().max() <= 2
-
-
-def test_large_and_small_patients_are_in_every_split():
-    sizes = [6] * 50 + [1] * 300
-    table = split_table(made(["a", "b"] * 300, np.repeat(np.arange(350), sizes).astype(str)))
-    large = table.groupby("patient_id")["split"].agg(["size", "first"]).query("size == 6")["first"].value_counts()
-    assert large.to_dict() == {"train": 35, "test": 10, "valid": 5}
-
-
-def test_split_depends_on_the_seed_and_not_on_the_order():
-    table = made(["a", "b", "c"] * 40, [f"p{i // 2}" for i in range(120)])
-    once = split_table(table, seed=1).set_index("path")["split"]
-    again = split_table(table.sample(frac=1, random_state=0), seed=1).set_index("path")["split"]
-    assert once.equals(again.loc[once.index])
-    assert not once.equals(split_table(table, seed=2).set_index("path")["split"])
-    assert set(table["split"]) == {""}
-
-
-def test_multilabel_split_keeps_the_share_of_every_finding():
-    rng = np.random.default_rng(0)
-    draw = rng.random((1000, 4)) < [0.3, 0.1, 0.05, 0.01]
-    labels = ["|".join(n for n, yes in zip(("A", "B", "C", "D"), row, strict=True) if yes) for row in draw]
-    table = split_table(made(labels))
-    found = table["label"].str.get_dummies("|").groupby(table["split"]).sum()
-    for split, part in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
-        assert (found.loc[split] - part * found.sum()).abs().max() <= 2
-        assert abs((table["split"] == split).sum() - 1000 * part) <= 2
-    assert (found > 0).all(axis=None)
-
-
-def test_three_patients_of_a_class_are_enough():
-    table = split_table(made(["common"] * 97 + ["rare"] * 3))
-    assert counts(table)["rare"].tolist() == [1, 1, 1]
-
-
-def test_fraction_zero_makes_no_split():
-    assert set(split_table(made(["a", "b"] * 20), valid=0)["split"]) == {"train", "test"}
-
-
-def test_splits_of_the_source_are_kept_and_valid_comes_out_of_train():
-    given = ["test"] * 20 + ["train"] * 80
-    table = split_table(made(["a", "b"] * 50, [f"p{i // 4}" for i in range(100)], split=given))
-    assert (table["split"][:20] == "test").all()
-    assert table["split"].value_counts().to_dict() == {
-        "train": 72,
-        "test": 20,
-        "valid": 8,
-    }  # 10, to the nearest patient
-    whole = made(["a", "b"] * 3, split=["train", "train", "valid", "valid", "test", "test"])
-    assert split_table(whole)["split"].equals(whole["split"])
-
-
-def test_split_faults():
-    with pytest.raises(
-        DataError, match=r"split valid has no image of rare \(rare: 2 patients in all\); add patients of it, merge it"
-    ):
-        split_table(made(["common"] * 97 + ["rare"] * 2, [f"p{i}" for i in range(99)]))
-    with pytest.raises(DataError, match="1 of 2 images have no split; fill in all, or none"):
-        split_table(made(["a", "b"], split=["train", ""]))
-    with pytest.raises(DataError, match="the split has no train, only test"):
-        split_table(made(["a", "b"], split="test"))
-    with pytest.raises(DataError, match="2 images in train are too few to take valid from"):
-        split_table(made(["a", "b"] * 10, split=["train"] * 2 + ["test"] * 18), valid=0.5, test=0.1)
-    with pytest.raises(UsageError, match="must not be negative, and leave something to train on"):
-        split_table(made(["a", "b"]), test=0.9, valid=0.1)
-
-
-def test_a_torn_patient_is_refused():
-    table = made(["a", "b"] * 5, ["p", "q", "r", "s", "t"] * 2, split=["train"] * 5 + ["test"] * 5)
-    message = (
-        r"5 patients on both sides of the split: p \(test\+train\), q \(test\+train\), r \(test\+train\) ...; split by"
-    )
-    for refuse in (check_split, split_table):
-        with pytest.raises(DataError, match=message):
-            refuse(table)
-
-
 # The positive class
 
 
@@ -411,7 +302,7 @@ def test_real_kermany_folder():
         both.groupby("patient_id_y")["patient_id_x"].nunique() == 1
     ).all()  # we hold person1 to be one, of both germs
     assert table.attrs["classes"] == ["NORMAL", "PNEUMONIA"]
-    parts = counts(split_table(table))
+    parts = split_table(table).groupby(["split", "label"]).size().unstack(fill_value=0)
     assert (parts.loc["test"] - [80.4, 80]).abs().max() <= 2
     assert (parts.loc["valid"] - [40.2, 40]).abs().max() <= 2
 
