@@ -48,7 +48,8 @@ Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard o
 Data = Annotated[
     Path | None,
     typer.Argument(
-        help="Folder of class folders, or CSV with path,label[,patient_id][,split]. "
+        help="Folder of class folders, CSV with path,label[,patient_id][,split], DICOM tree with a labels.csv, or the "
+        "root of NIH ChestX-ray14, CheXpert, MIMIC-CXR-JPG, RSNA, Kermany, Shenzhen or Montgomery. "
         f"Without it: {DEFAULT_DATA}, made if missing."
     ),
 ]
