@@ -47,7 +47,8 @@ def shown_metrics(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         value, low, high = (
             ("undefined" if v is None else f"{v:.3f}") for v in (entry["value"], entry["low"], entry["high"])
         )
-        rows.append((name, value, f"{low} to {high}", str(entry["n"])))
+        interval = "undefined" if entry["low"] is None else f"{low} to {high}"
+        rows.append((name, value, interval, str(entry["n"])))
     return rows
 
 

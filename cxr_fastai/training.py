@@ -146,9 +146,11 @@ def read_all(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, console
     """Read every film of the table before the first epoch; return the table of those that can be read."""
     with console.progress("Reading films", len(table)) as advance:
         bad = read_films(opener, table["path"].tolist(), advance)
-    readable = without_unreadable(table, bad, config.skip_bad)
+    if opener.warning:
+        console.say(opener.warning)
     for path, reason in sorted(bad.items()):
-        console.say(f"left out: {path}: {reason}")
+        console.say(f"{'left out' if config.skip_bad else 'cannot be read'}: {path}: {reason}")
+    readable = without_unreadable(table, bad, config.skip_bad)
     return readable
 
 
