@@ -150,8 +150,7 @@ def read_all(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, console
         console.say(opener.warning)
     for path, reason in sorted(bad.items()):
         console.say(f"{'left out' if config.skip_bad else 'cannot be read'}: {path}: {reason}")
-    readable = without_unreadable(table, bad, config.skip_bad)
-    return readable
+    return without_unreadable(table, bad, config.skip_bad)
 
 
 def with_found_rate(
