@@ -1,0 +1,325 @@
+"""Pretrain DenseNet121 on endless phantoms, each seen once, and write the weights that ship with the package.
+
+    python scripts/pretrain.py --out DIR --size 128 --images 200000
+    python scripts/pretrain.py --out DIR --size 224 --images 20000 --decay
+    python scripts/pretrain.py --out DIR --export cxr_fastai/weights/densenet121-phantom.safetensors
+
+Each call is a stage that goes on from DIR/checkpoint.pt: warm-up, then a constant rate, which `--decay` takes down to
+zero over its stage (Hu et al., MiniCPM, 2024). SIGTERM or Ctrl-C saves and ends; `--resume` ends the stage that was
+cut off. Out: DIR/checkpoint.pt, DIR/log.jsonl, and by `--export` the averaged weights with a card beside them.
+
+The network learns which of the eight findings a film shows, where (on the grid of the last features: the evidence
+must point at the finding), its view and the size of the heart. All chance of a film comes from its number (see
+pretrain_films.py), so that a resumed run goes on exactly, and no film comes twice.
+"""
+
+import copy
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import typer
+from pretrain_films import HELD_OUT, TRAINING, Batches
+from safetensors.torch import save
+
+from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+from cxr_fastai.errors import UsageError
+from cxr_fastai.metrics import auroc
+from cxr_fastai.model import EvidenceHead
+from cxr_fastai.phantom import FINDINGS, GENERATOR_VERSION
+
+N_HELD_OUT = 400
+WARM_UP = 6400  # films
+EMA = 0.995  # a step
+WEIGHT_DECAY = 0.05
+LOSS_WEIGHTS = {"findings": 1.0, "places": 4.0, "view": 0.1, "heart": 0.2}
+SAVE_SECONDS = 180.0
+CHECK_EVERY = 6000  # films
+
+
+class Pretrainer(torch.nn.Module):
+    """torchvision's DenseNet121 under the evidence head, and what is learned beside the findings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torchvision.models.densenet121(weights=None).features
+        self.findings = EvidenceHead(1024, len(FINDINGS), dropout=0.0)
+        self.extra = torch.nn.Linear(1024, 2)  # view, heart
+        torch.nn.init.zeros_(self.findings.linear.bias)
+        # The evidence of a place, scaled and shifted, is the logit of the finding being there: a nodule fills one
+        # place of 49, so that the mean over places and the place itself need scales of their own.
+        self.scale = torch.nn.Parameter(torch.full((len(FINDINGS), 1, 1), -1.0))
+        self.shift = torch.nn.Parameter(torch.full((len(FINDINGS), 1, 1), -3.0))
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Films (N, 1, S, S) in [0, 1] -> logits (N, 8), logits of places (N, 8, S/32, S/32), view and heart (N, 2)."""
+        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        whole = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):  # shards must not share casts
+            features = self.features(whole)
+        features = features.float()
+        evidence = self.findings.evidence(features) * (features.shape[2] * features.shape[3])
+        return self.findings(features), evidence * self.scale.exp() + self.shift, self.extra(
+            EvidenceHead.pool(features)
+        )
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the parts of the loss, unweighted."""
+        logits, places, extra = self(batch["pixels"])
+        known = batch["known"]
+
+        def bce(given: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+            return F.binary_cross_entropy_with_logits(given, truth, reduction="none")
+
+        return {
+            "findings": (bce(logits, batch["findings"]) * known).mean(),
+            "places": (bce(places, batch["places"]) * known[:, :, None, None]).mean(),
+            "view": bce(extra[:, 0], batch["view"]).mean(),
+            "heart": F.smooth_l1_loss(extra[:, 1], batch["heart"]),
+        }
+
+
+@torch.no_grad()
+def judge(model: Pretrainer, films: list[dict[str, torch.Tensor]], device: str) -> dict[str, Any]:
+    """Measure a model on held-out films: AUROC of any finding and of each, and how often the evidence points right."""
+    model.eval()
+    out = [tuple(t.cpu() for t in model(batch["pixels"].to(device))) for batch in films]
+    model.train()
+    logits, evidence, extra = (torch.cat(parts) for parts in zip(*out, strict=True))
+    truth, places = (torch.cat([batch[key] for batch in films]) for key in ("findings", "places"))
+    any_finding = 1 - (1 - logits.double().sigmoid()).prod(1)  # noisy-or
+    shown = places.flatten(2).amax(2) > 0
+    target = places.flatten(2)[shown] > 0.1
+    hits = target.gather(1, evidence.flatten(2)[shown].argmax(1, keepdim=True)).float().mean()
+    each = {name: round(float(auroc(truth[:, k], logits[:, k])), 4) for k, name in enumerate(FINDINGS)}
+    return {
+        "auroc_any": round(float(auroc(truth.amax(1), any_finding)), 4),
+        "auroc_mean": round(float(np.mean(list(each.values()))), 4),
+        "auroc": each,
+        "auroc_view": round(float(auroc(torch.cat([batch["view"] for batch in films]), extra[:, 0])), 4),
+        "pointing": round(float(hits), 4),
+        "pointing_by_chance": round(float(target.float().mean()), 4),
+    }
+
+
+class Run:
+    """A pretraining under way in a folder: network, its average, optimizer and counters, saved whole."""
+
+    def __init__(self, out: Path, seed: int, device: str, shards: int = 1):
+        torch.manual_seed(seed)
+        # On two cores, half a batch a thread beats two threads on one batch: none waits for the other within a layer.
+        self.out, self.device, self.shards = out, device, shards
+        self.model = Pretrainer().to(device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        matrices = [p for p in self.model.parameters() if p.ndim in (2, 4)]
+        others = [p for p in self.model.parameters() if p.ndim not in (2, 4)]
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.at: dict[str, Any] = {"seed": seed, "seen": 0, "steps": 0, "seconds": 0.0, "stages": []}
+        if self.checkpoint.is_file():
+            state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            for part in ("model", "average", "optimizer"):
+                getattr(self, part).load_state_dict(state[part])
+            self.at = state["at"]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is saved. Nothing is drawn outside the films, so that their number is the state of chance."""
+        return self.out / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write the checkpoint beside its place, then put it there."""
+        state = {part: getattr(self, part).state_dict() for part in ("model", "average", "optimizer")}
+        torch.save({**state, "at": self.at}, self.checkpoint.with_suffix(".new"))
+        self.checkpoint.with_suffix(".new").replace(self.checkpoint)
+
+    def step(self, batch: dict[str, torch.Tensor], rate: float) -> dict[str, float]:
+        """Learn from one batch; return the parts of its loss."""
+        size = -(-len(batch["pixels"]) // self.shards)
+        split = {key: value.to(self.device, non_blocking=True).split(size) for key, value in batch.items()}
+        shards = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+        with ThreadPoolExecutor(self.shards) as pool:
+            each = list(pool.map(self.learn, shards, [len(shard["pixels"]) / len(batch["pixels"]) for shard in shards]))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.at["steps"] += 1
+        ours, theirs = (
+            [value for value in network.state_dict().values() if value.is_floating_point()]
+            for network in (self.average, self.model)
+        )
+        torch._foreach_lerp_(ours, theirs, 1 - min(EMA, self.at["steps"] / (10 + self.at["steps"])))
+        return {name: sum(parts[name] for parts in each) for name in LOSS_WEIGHTS}
+
+    def learn(self, shard: dict[str, torch.Tensor], share: float) -> dict[str, float]:
+        """Add the gradient of a share of a batch; return the parts of its loss, of which the batch's is the sum."""
+        parts = {name: share * part for name, part in self.model.losses(shard).items()}
+        sum(LOSS_WEIGHTS[name] * part for name, part in parts.items()).backward()
+        return {name: float(part.detach()) for name, part in parts.items()}
+
+    def rate(self, peak: float) -> float:
+        """Return the learning rate at the counter: up at first, then constant, down to 0 over a decaying stage."""
+        stage = self.at["stages"][-1]
+        left = 1 - (self.at["seen"] - stage["start"]) / stage["images"] if stage["decay"] else 1.0
+        return peak * min(1.0, (self.at["seen"] + 1) / WARM_UP) * left
+
+    def begin(self, stage: dict[str, Any]) -> None:
+        """Start a stage; one that was cut off before it keeps what it saw."""
+        for last in self.at["stages"][-1:]:
+            last["images"] = self.at["seen"] - last["start"]
+        self.at["stages"].append({**stage, "start": self.at["seen"]})
+
+    def train(self, batch: int, peak: float, workers: int) -> None:
+        """Train to the end of the last stage, or until a signal comes."""
+        stage, began = self.at["stages"][-1], time.time() - self.at["seconds"]
+        held_out = Batches(self.at["seed"], HELD_OUT, stage["size"], 50)
+        judged = [held_out[index] for index in range(N_HELD_OUT // 50)]
+        first, end = -(-self.at["seen"] // batch), -(-(stage["start"] + stage["images"]) // batch)
+        loader = torch.utils.data.DataLoader(
+            Batches(self.at["seed"], TRAINING, stage["size"], batch),
+            batch_size=None, sampler=range(first, end), num_workers=workers,
+            prefetch_factor=4 if workers else None, worker_init_fn=leave_signals, pin_memory=self.device == "cuda",
+        )  # fmt: skip
+        stopped: list[int] = []
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda number, _: stopped.append(number))
+        losses: list[dict[str, float]] = []
+        saved = checked = time.time()
+        for index, films in zip(range(first, end), loader, strict=False):
+            losses.append(self.step(films, self.rate(peak)))
+            self.at["seen"], self.at["seconds"] = (index + 1) * batch, time.time() - began
+            if time.time() - saved > SAVE_SECONDS:
+                self.save()
+                saved = time.time()
+            if len(losses) * batch >= CHECK_EVERY or index + 1 == end or stopped:
+                speed = len(losses) * batch / (time.time() - checked)
+                self.log(losses, speed, judge(self.average, judged, self.device) if not stopped else {})
+                losses, checked = [], time.time()
+            if stopped:
+                break
+        self.save()
+
+    def log(self, losses: list[dict[str, float]], speed: float, figures: dict[str, Any]) -> None:
+        """Add a line to log.jsonl, and a short one to the terminal."""
+        loss = {name: round(float(np.mean([one[name] for one in losses])), 4) for name in LOSS_WEIGHTS}
+        line = {"seen": self.at["seen"], "seconds": round(self.at["seconds"]), "images_per_second": round(speed, 1),
+                "size": self.at["stages"][-1]["size"], "rate": self.optimizer.param_groups[0]["lr"], "loss": loss,
+                **figures}  # fmt: skip
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        shown = {key: value for key, value in line.items() if not isinstance(value, dict)} | loss
+        print(" ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                       for key, value in shown.items()), flush=True)  # fmt: skip
+
+
+def leave_signals(_: int) -> None:
+    """In a worker: leave signals to the parent, which saves first and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def describe(run: Run) -> dict[str, str]:
+    """Return the record of a run for the weights' metadata and card."""
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    machine = torch.cuda.get_device_name() if run.device == "cuda" else (names or [platform.machine()])[0]
+    stages = [
+        f"{min(s['images'], run.at['seen'] - s['start'])} at {s['size']} pixels{', rate to 0' if s['decay'] else ''}"
+        for s in run.at["stages"]
+    ]
+    return {
+        "images_seen": str(run.at["seen"]),
+        "stages": "; ".join(stages),
+        "seconds": str(round(run.at["seconds"])),
+        "machine": f"{machine}, {os.cpu_count()} cores",
+        "seed": str(run.at["seed"]),
+        "commit": commit.strip() or "unknown",
+        "generator": f"cxr_fastai.phantom {GENERATOR_VERSION}",
+        "findings": "|".join(FINDINGS),
+        "license": "Apache-2.0",
+    }
+
+
+def export(run: Run, path: Path) -> None:
+    """Write the averaged weights (convolutions in half precision), torchvision's names, and a card beside them."""
+    tensors = {}
+    for name, value in run.average.state_dict().items():
+        if name.startswith(("features.", "findings.")):
+            kept = value.cpu().half() if value.ndim == 4 else value.cpu()
+            tensors[name.replace("findings.linear.", "findings.")] = kept.contiguous()
+    record = describe(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save(tensors, metadata=record))
+    log = run.out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    checks = [line for line in lines if "auroc" in line]
+    path.with_suffix(".md").write_text(card(record, checks[-1] if checks else {}), encoding="utf-8")
+
+
+def card(record: dict[str, str], last: dict[str, Any]) -> str:
+    """Return the card of the weights, markdown."""
+    rows = [f"| {key.replace('_', ' ')} | {value.replace('|', ', ')} |" for key, value in record.items()]
+    figures = {
+        "AUROC of any finding": last.get("auroc_any"),
+        **{f"AUROC of {name}": value for name, value in last.get("auroc", {}).items()},
+        "AUROC of the view": last.get("auroc_view"),
+        "Evidence strongest inside the finding": last.get("pointing"),
+        "The same of a place at random": last.get("pointing_by_chance"),
+    }
+    return "\n".join([
+        "# DenseNet121 pretrained on phantoms", "",
+        "Written by `scripts/pretrain.py`. Trained on synthetic chest radiographs alone, each seen once: no patient's",
+        "image was used, and none is needed to make these weights again. To start from, not to diagnose with.", "",
+        "| | |", "|---|---|", *rows, "",
+        f"On {N_HELD_OUT} phantoms held out, at {last.get('size')} pixels, after {last.get('seen')} images:", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures.items()), "",
+    ])  # fmt: skip
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the run; what is there goes on")],
+    size: Annotated[int, typer.Option(help="side of the films, a multiple of 32")] = 128,
+    images: Annotated[int, typer.Option(help="films of a new stage; 0 starts none")] = 0,
+    decay: Annotated[bool, typer.Option(help="take the rate down to 0 over the new stage")] = False,
+    resume: Annotated[bool, typer.Option(help="end the stage that was cut off, as it was asked for")] = False,
+    export_to: Annotated[Path | None, typer.Option("--export", help="then write the weights, .safetensors")] = None,
+    batch: Annotated[int, typer.Option(help="films a step")] = 32,
+    rate: Annotated[float, typer.Option(help="constant learning rate")] = 1e-3,
+    workers: Annotated[int, typer.Option(help="processes that draw films")] = 1,
+    threads: Annotated[int, typer.Option(help="threads of torch within a layer")] = 1,
+    shards: Annotated[int, typer.Option(help="parts of a batch that are learned from at once")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of a new run; what is there keeps its own")] = 0,
+) -> None:
+    if resume and images:
+        raise UsageError("--resume ends the stage that was cut off: leave --images out")
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, seed, device, shards)
+    if resume and not run.at["stages"]:
+        raise UsageError(f"--resume: {out} holds no checkpoint; start a stage with --images")
+    if images:
+        run.begin({"size": size, "images": images, "decay": decay})
+    if images or resume:
+        run.train(batch, rate, workers)
+    if export_to:
+        export(run, export_to)
+
+
+if __name__ == "__main__":
+    typer.run(main)
