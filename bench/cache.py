@@ -21,10 +21,10 @@ import torch
 
 from cxr_fastai.config import GenerateConfig, TrainConfig
 from cxr_fastai.data import OpenFilm, read_films
+from cxr_fastai.fitting import build_learner
 from cxr_fastai.images import read_radiograph
 from cxr_fastai.phantom import generate
 from cxr_fastai.table import load_table
-from cxr_fastai.training import build_learner
 
 
 class TimedFilm(OpenFilm):

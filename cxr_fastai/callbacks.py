@@ -61,7 +61,10 @@ class FiniteLoss(Callback):
 
 
 class History(Callback):
-    """One row an epoch, over both phases of `fine_tune`: written to history.csv and handed to `on_epoch`."""
+    """One row an epoch, over both phases of `fine_tune`: written to history.csv and handed to `on_epoch`.
+
+    In cross-validation the rows have a column `fold`, and follow those of the folds before.
+    """
 
     order = 55  # after fastai's Recorder (50)
 
@@ -72,8 +75,10 @@ class History(Callback):
         multilabel: bool,
         on_epoch: Callable[[dict], None],
         on_batch: Callable[[], None],
+        fold: int | None = None,
     ):
-        self.file, self.phases, self.multilabel = file, phases, multilabel
+        self.file, self.phases, self.multilabel, self.fold = file, phases, multilabel, fold
+        self.earlier = _rows(file) if fold is not None and file.exists() else []
         self.on_epoch, self.on_batch = on_epoch, on_batch
         self.rows: list[dict] = []
         self.fits = 0
@@ -112,12 +117,18 @@ class History(Callback):
         }
         self.rows.append(row)
         self.outputs = {True: [], False: []}
-        text = io.StringIO()
-        writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in self.rows)
-        write_text(self.file, text.getvalue())
+        self._write()
         self.on_epoch(row)
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        fold = {} if self.fold is None else {"fold": self.fold}
+        writer = csv.DictWriter(text, [*fold, *HISTORY_COLUMNS], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.earlier)
+        shown = ({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows)
+        writer.writerows({**fold, **row} for row in shown)
+        write_text(self.file, text.getvalue())
 
     def _joined(self, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = self.outputs[training]
@@ -134,6 +145,11 @@ class History(Callback):
         truth = target if self.multilabel else torch.nn.functional.one_hot(target, logits.shape[1])
         pairs = zip(truth.T.cpu().numpy(), probabilities.T.cpu().double().numpy(), strict=True)
         return float(np.nanmean([auroc(y, p) for y, p in pairs]))
+
+
+def _rows(file: Path) -> list[dict]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 class BestEpoch(Callback):

@@ -72,6 +72,22 @@ Uncertain = Annotated[
 HashIds = Annotated[
     bool, typer.Option("--hash-ids", help="Store a hash instead of each patient id.", rich_help_panel="Data")
 ]
+SplitCsv = Annotated[
+    str | None,
+    typer.Option(
+        "--split-csv",
+        help="CSV with path (or patient_id) and split, such as a run's split.csv.",
+        rich_help_panel="Data",
+    ),
+]
+Folds = Annotated[
+    int,
+    typer.Option(help="Cross-validate in so many parts and export the ensemble; 0: one part.", rich_help_panel="Data"),
+]
+Prevalence = Annotated[
+    list[float] | None,
+    typer.Option(help="Tell predictive values at this prevalence, too (repeatable)."),
+]
 Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
 Arch = Annotated[str, typer.Option(help=f"Network: {', '.join(ARCHITECTURES)}.", rich_help_panel="Training")]
 Weights = Annotated[
@@ -190,6 +206,8 @@ def train(
     skip_bad: SkipBad = False,
     uncertain: Uncertain = TrainConfig.uncertain,
     hash_ids: HashIds = False,
+    split_csv: SplitCsv = None,
+    folds: Folds = TrainConfig.folds,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
@@ -217,6 +235,14 @@ def train(
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep checkpoints/last.pth of a run that ended well.")
     ] = False,
+    target_sensitivity: Annotated[
+        float | None,
+        typer.Option(help="Choose the threshold that reaches it on validation.", rich_help_panel="Training"),
+    ] = None,
+    target_specificity: Annotated[
+        float | None, typer.Option(help="Likewise; without either, Youden's.", rich_help_panel="Training")
+    ] = None,
+    prevalence: Prevalence = None,
     as_json: Json = False,
 ) -> None:
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
@@ -239,7 +265,8 @@ def train_config(given: dict[str, Any]) -> TrainConfig:
     """Return the config that a command's options make: they bear the names of its fields."""
     settings = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
     rate = {"lr": learning_rate(given["lr"])} if "lr" in given else {}
-    return TrainConfig(**{**settings, **rate, "data": str(given["data"] or DEFAULT_DATA)})
+    lists = {"prevalence": tuple(given.get("prevalence") or ())}
+    return TrainConfig(**{**settings, **rate, **lists, "data": str(given["data"] or DEFAULT_DATA)})
 
 
 def learning_rate(text: str) -> float | None:
@@ -293,6 +320,7 @@ def lr_find(
     skip_bad: SkipBad = False,
     uncertain: Uncertain = TrainConfig.uncertain,
     hash_ids: HashIds = False,
+    split_csv: SplitCsv = None,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
@@ -325,6 +353,15 @@ def evaluate(
         Path | None, typer.Argument(help="Labelled folder or CSV; without it, the run's own test films.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for predictions.csv and metrics.json.")] = None,
+    map_labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            help="What a label of DATA is called by the model, THEIRS=OURS (repeatable); '*' is every other label, "
+            "an empty OURS leaves it out.",
+        ),
+    ] = None,
+    prevalence: Prevalence = None,
     as_json: Json = False,
 ) -> None:
     """Test a trained classifier on its untouched test films, or on any other labelled films."""
@@ -332,7 +369,14 @@ def evaluate(
     from cxr_fastai.evaluate import evaluate_run
 
     console = Console(machine=as_json)
-    metrics = evaluate_run(run, None if data is None else str(data), None if out is None else str(out), console)
+    metrics = evaluate_run(
+        run,
+        None if data is None else str(data),
+        None if out is None else str(out),
+        console,
+        mapping=map_labels or (),
+        prevalence=prevalence or (),
+    )
     show_metrics(metrics, console)
     if as_json:
         print_json(metrics)

@@ -140,6 +140,7 @@ class DataConfig(Saved):
     uncertain: what a finding that a source calls uncertain (-1) is trained as: `ignore` leaves it out of the loss,
         `ones` and `zeros` take it for present or absent, `soft` for 0.7 present. Nothing is ever measured on it.
     hash_ids: store a hash instead of each patient id (pseudonymisation, not anonymisation; file names stay).
+    split_csv: a file that gives the split, by path or patient. folds: parts for cross-validation; 0 is none.
     """
 
     data: str = "data/synthetic"
@@ -152,8 +153,11 @@ class DataConfig(Saved):
     skip_bad: bool = False
     uncertain: str = "ignore"
     hash_ids: bool = False
+    split_csv: str | None = None
+    folds: int = 0
 
     def __post_init__(self) -> None:
+        require(self.folds == 0 or 2 <= self.folds <= 20, "--folds", self.folds, "0 (none), or from 2 to 20")
         require(self.task in TASKS, "--task", self.task, f"one of {', '.join(TASKS)}")
         require(self.uncertain in UNCERTAIN, "--uncertain", self.uncertain, f"one of {', '.join(UNCERTAIN)}")
         require(0 < self.test < 1, "--test", self.test, "a share above 0 and below 1")
@@ -174,6 +178,8 @@ class TrainConfig(DataConfig):
     dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
     patience: epochs without a better validation AUROC before training stops; 0 never stops.
     precision: of the arithmetic in training; auto is bf16 where the hardware has it, else fp32.
+    target_sensitivity, target_specificity: what the threshold must reach on validation; neither is Youden's.
+    prevalence: at which predictive values are told, besides that of the test films.
     """
 
     name: str | None = None
@@ -192,9 +198,23 @@ class TrainConfig(DataConfig):
     precision: str = "auto"
     device: str = "auto"
     keep_checkpoints: bool = False
+    target_sensitivity: float | None = None
+    target_specificity: float | None = None
+    prevalence: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "prevalence", tuple(self.prevalence))  # JSON gives a list
+        for flag, share in (
+            ("--target-sensitivity", self.target_sensitivity),
+            ("--target-specificity", self.target_specificity),
+            *(("--prevalence", share) for share in self.prevalence),
+        ):
+            require(share is None or 0 < share < 1, flag, share, "a share above 0 and below 1")
+        if self.target_sensitivity is not None and self.target_specificity is not None:
+            raise UsageError(
+                "--target-sensitivity and --target-specificity: a threshold can reach one of them; give one"
+            )
         require(self.arch in ARCHITECTURES, "--arch", self.arch, f"one of {', '.join(ARCHITECTURES)}")
         require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
         require(2 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "from 2 to 4096")

@@ -23,8 +23,8 @@ from fasttransform import Transform
 from cxr_fastai.cache import FilmCache, Place
 from cxr_fastai.config import Limits, TrainConfig
 from cxr_fastai.errors import DataError, UnreadableImage
-from cxr_fastai.images import _read_bytes, read_radiograph, to_input
-from cxr_fastai.table import targets_of, told_of
+from cxr_fastai.images import read_bytes, read_radiograph, resize, to_input
+from cxr_fastai.table import targets_of
 
 # Of ImageNet's training set, as torchvision's pretrained weights expect them (torchvision model documentation).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -71,7 +71,7 @@ class OpenFilm(Transform):
 
     def remember(self, path: str) -> None:
         """Have one film in the cache or in memory; raise UnreadableImage where it cannot be read."""
-        cache, data = self.opened(), _read_bytes(path, Limits())
+        cache, data = self.opened(), read_bytes(path, Limits())
         key = cache.key(data)
         film: Place | np.ndarray | None = cache.find(key)
         if film is None:
@@ -80,6 +80,10 @@ class OpenFilm(Transform):
         self.films.pop(path, None)
         if film is not None:
             self.films[path] = film
+
+    def thumbnail(self, path: str, side: int) -> np.ndarray:
+        """Return a film that was read before, (side, side) float32 in [0, 1], each pixel the mean of what it covers."""
+        return resize(self.encodes(path)[0].numpy(), side)
 
     def __getstate__(self) -> dict:
         spawning = get_spawning_popen() is not None
@@ -124,14 +128,6 @@ def film_label(row: pd.Series) -> str:
 def film_targets(row: pd.Series) -> np.ndarray:
     """Return what is known of each finding on a table row, (K,) float32: 1, 0, or NaN for unknown."""
     return row["targets"]
-
-
-def film_findings(row: pd.Series) -> list:
-    """Return the findings of a multi-label table row; none is an empty list.
-
-    fastai casts to the type that stands here, so it names no `list[str]`.
-    """
-    return row["label"].split("|") if row["label"] else []
 
 
 class KnownBCE(torch.nn.Module):
@@ -240,24 +236,23 @@ def make_dataloaders(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm,
     Parameters
     ----------
     table
-        With `path`, `label`, `split` in train, valid, test; `attrs["classes"]` gives the order of the classes. With
-        columns `y_<finding>` (see `table.py`) what is unknown is NaN in the targets, and `config.uncertain` says what
-        is uncertain to training; validation leaves it out.
+        With `path`, `label`, `split` in train, valid, test; `attrs["classes"]` gives the order of the classes. Of
+        several findings a film, what is unknown is NaN in the targets (see `table.targets_of`), and `config.uncertain`
+        says what is uncertain to training; validation leaves it out.
     opener
         Reads films; filled by `read_films` beforehand, it reads none twice.
     """
     seen = table[table["split"].isin(["train", "valid"])].reset_index(drop=True)
     classes, multilabel = table.attrs["classes"], table.attrs["task"] == "multilabel"
-    masked = multilabel and bool(told_of(table))
-    if masked:
+    if multilabel:
         trained = (seen["split"] == "train").to_numpy()[:, None]
         known = np.where(trained, targets_of(seen, classes, config.uncertain), targets_of(seen, classes))
         seen = seen[["path", "split"]].assign(targets=list(known.astype(np.float32)))
-    labels = MultiCategoryBlock(encoded=masked, vocab=classes) if multilabel else CategoryBlock(vocab=classes)
+    labels = MultiCategoryBlock(encoded=True, vocab=classes) if multilabel else CategoryBlock(vocab=classes)
     block = DataBlock(
         blocks=(TransformBlock(type_tfms=[opener]), labels),
         get_x=film_path,
-        get_y=film_targets if masked else film_findings if multilabel else film_label,
+        get_y=film_targets if multilabel else film_label,
         splitter=by_split,
         item_tfms=item_transforms(config.augment),
         batch_tfms=batch_transforms(config.augment, device.type == "cuda"),

@@ -1,12 +1,14 @@
 """Predictor + labelled table -> predictions.csv and metrics.json: the numbers of the file that is handed over.
 
 The films go through model.onnx exactly as `predict` sends them, so that the figures are those of the shipped
-model and not of a network in memory.
+model and not of a network in memory. All of metrics.json comes from `measure`, and that from predictions.csv alone,
+so that anyone who has the file can get the same figures to the last digit.
 """
 
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +16,99 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.console import QUIET, Console
-from cxr_fastai.errors import DataError
+from cxr_fastai.errors import DataError, UsageError
 from cxr_fastai.metrics import evaluate_predictions
 from cxr_fastai.predict import Prediction, Predictor
-from cxr_fastai.runs import find_run, safe_cell, write_text
+from cxr_fastai.runs import find_run, read_cells, safe_cell, write_text
 from cxr_fastai.sources import TARGET
 from cxr_fastai.table import load_table, targets_of, told_of
 
+ABOUT = ("findings", "view", "age", "sex", "source", "fold")  # columns of a table that predictions.csv keeps
 
-def evaluate_table(
-    predictor: Predictor, table: pd.DataFrame, *, split: str, run: str, console: Console = QUIET
-) -> tuple[list[Prediction], dict[str, Any]]:
-    """Predict every film of a labelled table and return the rows and the content of metrics.json.
 
-    Films that cannot be read are rows with `error`; they are left out of the numbers and counted in `errors`. Of a
-    table with columns `y_<finding>` (see `table.py`) each finding is measured on the films where it is surely known;
-    the model's findings that the table does not know are not measured.
+def predict_table(predictor: Predictor, table: pd.DataFrame, console: Console = QUIET) -> list[Prediction]:
+    """Predict every film of a labelled table, a row each; films that cannot be read are rows with `error`.
 
     Raises
     ------
     DataError
         Where a label of the table is none of the model's classes, or no film could be read.
     """
-    card = predictor.card
-    truth = _truth(table, predictor.classes, card["task"], console)
+    check_labels(table, predictor.classes, predictor.card["task"], console)
+    rows = []
     with console.progress("Testing", len(table)) as advance:
-        rows = []
         for row in predictor.predict(table["path"]):
             rows.append(row)
             advance()
-    good = np.array([row.error is None for row in rows])
-    if not good.any():
+    if all(row.error is not None for row in rows):
         raise DataError(f"none of the {len(rows)} films could be read; the first: {rows[0].error}")
-    truth = truth[good]
+    return rows
+
+
+def check_labels(table: pd.DataFrame, classes: list[str], task: str, console: Console = QUIET) -> None:
+    """Refuse labels that are none of the model's classes, and say which findings cannot be measured."""
+    told, listed = set(told_of(table)), ", ".join(sorted(classes))
+    if task == "multilabel" and told:
+        if not told & set(classes):
+            raise DataError(
+                f"no finding of the data ({', '.join(sorted(told))}) is one of the model's ({listed}); use --map"
+            )
+        for names, why in ((set(classes) - told, "the data do not tell"), (told - set(classes), "not the model's")):
+            if names:
+                console.say(f"not measured ({why}): {', '.join(sorted(names))}")
+        return
+    named = {name for label in table["label"] for name in (label.split("|") if task == "multilabel" else [label])}
+    if strange := sorted(named - set(classes) - ({""} if task == "multilabel" else set())):
+        raise DataError(
+            f"label {strange[0]!r} is none of the model's classes ({listed}); rename it with --map "
+            f"{strange[0]!r}=CLASS, or leave its films out with --map {strange[0]!r}="
+        )
+
+
+def measure(frame: pd.DataFrame, card: Mapping[str, Any], prevalence: Sequence[float] = ()) -> dict[str, Any]:
+    """Compute all that stands in metrics.json, but for the names of the run and the split, from predictions.csv.
+
+    Films with an error are left out of the numbers and counted in `errors`. Of a table with columns `y_<finding>`
+    each finding is measured on the films where it is surely known; findings that it lacks are not measured.
+
+    Parameters
+    ----------
+    frame
+        predictions.csv as `runs.read_cells` reads it: text.
+    card
+        The model's: classes, task, positive, threshold, temperature.
+    prevalence
+        At which predictive values are told, besides that of the films.
+    """
+    classes, multilabel = card["classes"], card["task"] == "multilabel"
+    read = frame[frame["error"] == ""]
+    truth = targets_of(read, classes) if multilabel else np.array([classes.index(label) for label in read["label"]])
     found = evaluate_predictions(
-        truth if card["task"] == "multilabel" else truth.argmax(1),
-        np.array([[row.probabilities[c] for c in predictor.classes] for row in rows if row.error is None]),
-        predictor.classes,
-        table["patient_id"].to_numpy()[good],
+        truth,
+        read[[f"p_{name}" for name in classes]].to_numpy(dtype=float),
+        classes,
+        read["patient_id"].to_numpy(),
         task=card["task"],
         positive=card["positive"],
         threshold=card["threshold"],
     )
-    head = {"run": run, "split": split, **found, "errors": int((~good).sum()), "threshold": card["threshold"]}
-    return rows, {**head, "positive": card["positive"], "temperature": card["temperature"]}
+    return {
+        **found,
+        "errors": len(frame) - len(read),
+        "threshold": card["threshold"],
+        "operating_point": card.get("operating_point", {"rule": "youden", "target": None}),
+        "positive": card["positive"],
+        "temperature": card["temperature"],
+    }
 
 
-def _truth(table: pd.DataFrame, classes: list[str], task: str, console: Console) -> np.ndarray:
-    """Return what the table says of the model's classes, (n, k) of 1, 0 and NaN (unknown)."""
-    listed = ", ".join(sorted(classes))
-    if task == "multilabel" and (known := set(told_of(table))):
-        if not known & set(classes):
-            raise DataError(f"no finding of the data ({', '.join(sorted(known))}) is one of the model's ({listed})")
-        for names, why in ((set(classes) - known, "the data do not tell"), (known - set(classes), "not the model's")):
-            if names:
-                console.say(f"not measured ({why}): {', '.join(sorted(names))}")
-        return targets_of(table, classes)
-    labels = [label.split("|") if task == "multilabel" else [label] for label in table["label"]]
-    nothing = {""} if task == "multilabel" else set()
-    if strange := sorted({name for names in labels for name in names} - set(classes) - nothing):
-        raise DataError(f"label {strange[0]!r} is none of the model's classes ({listed}); rename it")
-    return np.array([[name in names for name in classes] for names in labels], dtype=float)
-
-
-def predictions_csv(table: pd.DataFrame, rows: list[Prediction], classes: list[str]) -> str:
+def predictions_csv(table: pd.DataFrame, rows: Sequence[Prediction], classes: list[str]) -> str:
     """Return predictions.csv: the table's truth beside what the model said, one row a film."""
+    kept = [c for c in table.columns if c in ABOUT or c.startswith(TARGET)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    kept = [c for c in table.columns if c in ("findings", "view", "age", "sex") or c.startswith(TARGET)]
-    writer.writerow(
-        [
-            "path",
-            "patient_id",
-            "label",
-            "predicted",
-            "probability",
-            *(f"p_{c}" for c in classes),
-            *kept,
-            "flags",
-            "error",
-        ]
-    )
+    first = ["path", "patient_id", "label", "predicted", "probability"]
+    writer.writerow([*first, *(f"p_{c}" for c in classes), *kept, "flags", "error"])
     for (_, truth), row in zip(table.iterrows(), rows, strict=True):
         numbers = [row.probability, *(row.probabilities.get(c) for c in classes)]
         cells = [row.path, truth["patient_id"], truth["label"], row.label, *numbers, *(truth[c] for c in kept)]
@@ -102,7 +116,15 @@ def predictions_csv(table: pd.DataFrame, rows: list[Prediction], classes: list[s
     return text.getvalue()
 
 
-def evaluate_run(run: str, data: str | None, out: str | None, console: Console = QUIET) -> dict[str, Any]:
+def evaluate_run(
+    run: str,
+    data: str | None,
+    out: str | None,
+    console: Console = QUIET,
+    *,
+    mapping: Sequence[str] = (),
+    prevalence: Sequence[float] = (),
+) -> dict[str, Any]:
     """Test a finished run again on its own test films, or on all films of another labelled folder or CSV.
 
     Parameters
@@ -111,20 +133,42 @@ def evaluate_run(run: str, data: str | None, out: str | None, console: Console =
         Run folder, such as exports/latest. data: None is the run's own test split.
     out
         Folder for predictions.csv and metrics.json; None writes nothing.
+    mapping
+        What the labels of `data` are called by the model, "THEIRS=OURS" each; see `table.load_table`.
+    prevalence
+        At which predictive values are told, besides that of the films.
     """
     folder = find_run(run)
     predictor = Predictor(folder)
     if data is None:
-        table = pd.read_csv(folder / "split.csv", dtype=str, keep_default_na=False)
+        if mapping:
+            raise UsageError("--map is about the labels of other films; name a folder or CSV file after the run")
+        table = read_cells(folder / "split.csv")
         table, split = table[table["split"] == "test"].reset_index(drop=True), "test"
     else:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        table = load_table(data, task=predictor.card["task"], hash_ids=record.get("hash_ids", False))
+        table = load_table(
+            data,
+            task=predictor.card["task"],
+            hash_ids=record.get("hash_ids", False),
+            mapping=read_mapping(mapping),
+            classes=predictor.classes,
+        )
         for note in table.attrs["notes"]:
             console.say(note)
         split = str(data)
-    rows, metrics = evaluate_table(predictor, table, split=split, run=str(run), console=console)
+    text = predictions_csv(table, predict_table(predictor, table, console), predictor.classes)
+    found = measure(read_cells(io.StringIO(text)), predictor.card, prevalence)
+    metrics = {"run": str(run), "split": split, **found}
     if out is not None:
-        write_text(Path(out) / "predictions.csv", predictions_csv(table, rows, predictor.classes))
+        write_text(Path(out) / "predictions.csv", text)
         write_text(Path(out) / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def read_mapping(pairs: Sequence[str]) -> dict[str, str]:
+    """Return what --map says, theirs -> ours; raise UsageError where it is not THEIRS=OURS."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(f"--map {pair!r}: write THEIRS=OURS, such as 'Pneumonia=PNEUMONIA' or '*=abnormal'")
+    return {theirs.strip(): ours.strip() for theirs, _, ours in (pair.partition("=") for pair in pairs)}

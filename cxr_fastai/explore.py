@@ -18,8 +18,9 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm
 from cxr_fastai.errors import TrainingError
+from cxr_fastai.fitting import build_learner, choose_device
 from cxr_fastai.runs import atomic_path
-from cxr_fastai.training import build_learner, choose_device, prepare_table, read_all
+from cxr_fastai.training import prepare_table, read_all
 
 SUGGESTIONS = {"valley": valley, "steep": steep, "minimum": minimum, "slide": slide}
 COLOURS = {"valley": "#D55E00", "steep": "#009E73", "minimum": "#CC79A7", "slide": "#E69F00"}

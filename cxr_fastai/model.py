@@ -11,6 +11,7 @@ import contextlib
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,14 +225,50 @@ def _plain_key(key: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key)
 
 
-def fold_calibration(learn: Learner, temperature: float, log_weights: torch.Tensor) -> None:
-    """Make the head's logits calibrated ones: (logits - log_weights) / temperature, exactly, in place.
+class Bodies(nn.ModuleList):
+    """Several bodies side by side: film -> the maps of features of all, (N, F_1 + F_2 + ..., h, w)."""
 
-    `log_weights` (K,) takes the class weights of the loss out again (weighted cross-entropy shifts each logit by
-    the logarithm of its class weight); the temperature is Guo 2017's. Both fold into the last linear layer, so that
-    learner.pkl, model.onnx and the evidence all speak of the same probabilities.
+    def forward(self, films: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return torch.cat([body(films) for body in self], dim=1)
+
+
+def ensemble(models: Sequence[nn.Module]) -> nn.Module:
+    """Return one network, a body and an `EvidenceHead`, whose logits are the mean of those of `models`.
+
+    The mean of linear heads is a linear head on all their features, so that its evidence is as exact as theirs.
     """
-    linear = learn.model[1].linear
+    if len(models) == 1:
+        return models[0]
+    linears = [model[1].linear for model in models]  # type: ignore[index]
+    head = EvidenceHead(sum(linear.in_features for linear in linears), linears[0].out_features, 0.0)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.cat([linear.weight for linear in linears], dim=1) / len(models))
+        head.linear.bias.copy_(torch.stack([linear.bias for linear in linears]).mean(0))
+    return nn.Sequential(Bodies([model[0] for model in models]), head)  # type: ignore[index]
+
+
+def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the two groups of parameters of an `ensemble`, for who trains its learner on (fastai's splitter)."""
+    return [list(part.parameters()) for part in model.children()]
+
+
+def without_class_weights(model: nn.Module, class_weights: torch.Tensor) -> None:
+    """Take the class weights (K,) of the loss out of the head's logits, in place.
+
+    Weighted cross-entropy shifts each logit by the logarithm of its class weight; calibrated ones are without it.
+    """
+    linear = model[1].linear  # type: ignore[index]
+    with torch.no_grad():
+        linear.bias.sub_(class_weights.log().to(linear.bias))
+
+
+def cooled(model: nn.Module, temperature: float) -> None:
+    """Divide the head's logits by `temperature` (Guo et al., ICML 2017), in place.
+
+    It folds into the last linear layer, so that learner.pkl, model.onnx and the evidence all speak of the same
+    probabilities.
+    """
+    linear = model[1].linear  # type: ignore[index]
     with torch.no_grad():
         linear.weight /= temperature
-        linear.bias.sub_(log_weights.to(linear.bias)).div_(temperature)
+        linear.bias /= temperature

@@ -15,12 +15,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+import pandas as pd
 
 from cxr_fastai.errors import ModelFileError, UsageError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TEMPORARY = ".writing-"
+FORMULA = "=+-@\t\r"  # what a formula may begin with
 
 
 @contextlib.contextmanager
@@ -57,8 +61,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 def safe_cell(value: object) -> object:
     """Return a CSV cell that a spreadsheet will not take for a formula: a leading = + - @ gets an apostrophe."""
-    text = isinstance(value, str) and value[:1] in tuple("=+-@\t\r")
+    text = isinstance(value, str) and value[:1] in tuple(FORMULA)
     return f"'{value}" if text else value
+
+
+def read_cells(path: str | Path | IO[str]) -> pd.DataFrame:
+    """Return a CSV file that was written with `safe_cell`, every cell as the text that it was made from."""
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
+    return cells.replace(rf"^'(?=[{re.escape(FORMULA)}])", "", regex=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,13 +1,21 @@
 """Who is trained on and who is tested on: whole patients, dealt so that every split has its share of every label.
 
-In: a table as `table.load_table` gives it. Out: a copy whose ``split`` is train, valid or test in every row.
+In: a table as `table.load_table` gives it. Out: a copy whose ``split`` is train, valid or test in every row, and for
+cross-validation a column ``fold``: 1 ... k on the films that are trained on, 0 on those of the test.
 """
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.listing import SPLITS
+from cxr_fastai.listing import SPLIT_ALIASES, SPLITS
+from cxr_fastai.runs import read_cells
 from cxr_fastai.sources import counted
 from cxr_fastai.table import classes_of, targets_of
 
@@ -80,7 +88,79 @@ def split_table(table: pd.DataFrame, *, seed: int = 0, test: float = 0.2, valid:
     return table
 
 
-def _deal(table: pd.DataFrame, fractions: dict[str, float], seed: int) -> np.ndarray:
+def given_split(table: pd.DataFrame, listing: str | Path) -> pd.DataFrame:
+    """Take the split from a CSV file with ``split`` and ``path`` or ``patient_id``, such as the split.csv of a run.
+
+    A film is found by its path as the file gives it, else by its file name, which must then be unique on both sides.
+
+    Raises
+    ------
+    UsageError
+        Where the file cannot be read as such a list.
+    DataError
+        Where a film is not in it, or it names splits other than train, valid and test.
+    """
+    try:
+        rows = read_cells(listing)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--split-csv {listing}: cannot be read ({error})") from error
+    key = next((c for c in ("path", "patient_id") if c in rows), None)
+    if key is None or "split" not in rows:
+        raise UsageError(f"--split-csv {listing}: needs the columns split and path (or patient_id), has {list(rows)}")
+    splits = rows["split"].str.strip().str.lower().replace(SPLIT_ALIASES)
+    if len(strange := sorted(set(splits) - set(SPLITS))):
+        raise DataError(f"{listing}: split {strange[0]!r} is none of {', '.join(SPLITS)}; correct it")
+    ours, theirs = table[key], rows[key]
+    if key == "path" and not ours.isin(theirs).all():
+        names = ours.map(lambda path: Path(path).name)
+        if names.is_unique:
+            ours, theirs = names, theirs.map(lambda path: Path(path).name)
+    named = (
+        pd.Series(splits.to_numpy(), index=theirs).groupby(level=0).agg(lambda s: s.iloc[0] if s.nunique() == 1 else "")
+    )
+    found = ours.map(named)
+    for wrong, why in ((found.isna(), "not in it"), (found == "", "there with two splits")):
+        if wrong.any():
+            first = table.loc[wrong, "path"].iloc[0]
+            raise DataError(
+                f"{listing}: {counted(int(wrong.sum()), 'film')} {why}, such as {first}; add or remove them"
+            )
+    return table.assign(split=found)
+
+
+def deal_folds(table: pd.DataFrame, folds: int, seed: int) -> pd.DataFrame:
+    """Deal the patients outside of the test into `folds` parts of like labels: column ``fold``, split train or test.
+
+    Raises
+    ------
+    DataError
+        If a fold would lack a class.
+    """
+    pool = (table["split"] != "test").to_numpy()
+    table = table.assign(split=np.where(pool, "train", "test"), fold=0)
+    table.loc[pool, "fold"] = _deal(table[pool], dict.fromkeys(range(1, folds + 1), 1 / folds), seed).astype(int)
+    for fold in folds_of(table):
+        _check_split_classes(fold, {"train", "valid"}, set())
+    return table
+
+
+def folds_of(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield the table once a fold, with that fold as its validation films; without folds, the table as it is."""
+    if "fold" not in table:
+        yield table
+        return
+    for fold in range(1, int(table["fold"].max()) + 1):
+        yield table.assign(split=table["split"].where(table["fold"] != fold, "valid"))
+
+
+def fingerprint(table: pd.DataFrame) -> str:
+    """Return a SHA-256 over file names, labels, patients and split: equal tables have equal ones, wherever they lie."""
+    names = table["path"].map(lambda p: Path(p).name)
+    rows = sorted(zip(names, table["label"], table["patient_id"], table["split"], strict=True))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _deal(table: pd.DataFrame, fractions: dict[Any, float], seed: int) -> np.ndarray:
     """Deal patients to splits; returns the split of each row, (n,) of str."""
     findings = table["label"].str.get_dummies("|") if table.attrs.get("task") == "multilabel" else None
     labels = pd.get_dummies(table["label"]) if findings is None else findings.assign(**{"": table["label"] == ""})

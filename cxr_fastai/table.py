@@ -23,7 +23,7 @@ Pixels are not opened here; what is wrong with them is for `cxr_fastai.audit` to
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,13 @@ UNCERTAIN_AS = {"ignore": np.nan, "ones": 1.0, "zeros": 0.0, "soft": 0.7}
 
 
 def load_table(
-    data: str | Path, *, task: str = "auto", patient_regex: str | None = None, hash_ids: bool = False
+    data: str | Path,
+    *,
+    task: str = "auto",
+    patient_regex: str | None = None,
+    hash_ids: bool = False,
+    mapping: Mapping[str, str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Read a folder or a CSV file into the table.
 
@@ -61,6 +67,12 @@ def load_table(
         is searched in the path below `data`. It goes before the ``patient_id`` column.
     hash_ids
         Store `patients.pseudonym` instead of each patient id. File names stay, and may hold the id.
+    mapping
+        What labels and findings become, by name; ``*`` stands for all that are not named, and a word for nothing found
+        (such as "No Finding") for films without any. What becomes the empty text is left out, a film with nothing left
+        is dropped. Labels that are not named stay as they are.
+    classes
+        Those of a model that is to be tested; by default those in the data, of which there must be two.
 
     Returns
     -------
@@ -81,7 +93,10 @@ def load_table(
         raise DataError(f"{source} does not exist; give a folder of class folders or a CSV file with path,label")
     found = _read(source, hash_ids)
     task = "multilabel" if task == "auto" and found.kind == "nih" else task
-    table, resolved = _set_task(found.rows.copy(), task, source if source.is_dir() else source.parent)
+    rows = found.rows.copy()
+    if mapping:
+        rows = _mapped(rows, mapping, task, source)
+    table, resolved = _set_task(rows, task, source if source.is_dir() else source.parent)
     if "header" not in table.columns:
         table["header"] = table["path"].map(read_header)
     table = add_header_columns(table)
@@ -90,13 +105,14 @@ def load_table(
     if found.kind == "kermany":
         table = _without_patients_of_test(table, notes)
     table = table.sort_values("path", ignore_index=True).drop(columns=["name", "header"])
-    classes = classes_of(table["label"], resolved)
-    if unseen := [name for name in told_of(table) if name not in classes]:
-        notes.append(f"not learned, since no film surely has it: {', '.join(unseen)}")
+    if classes is None:
+        classes = classes_of(table["label"], resolved)
+        _check_classes(table, classes, resolved, source)
+        if unseen := [name for name in told_of(table) if name not in classes]:
+            notes.append(f"not learned, since no film surely has it: {', '.join(unseen)}")
     first = ["path", "label", "patient_id", "split"]
     table = table[first + [c for c in table.columns if c not in first]]
-    _check_classes(table, classes, resolved, source)
-    table.attrs = {"task": resolved, "classes": classes, "targets": bool(told_of(table))}
+    table.attrs = {"task": resolved, "classes": list(classes), "targets": bool(told_of(table))}
     table.attrs |= {"patients_from": patients_from, "source": str(source), "source_kind": found.kind, "notes": notes}
     return table
 
@@ -210,6 +226,48 @@ def _read_folders(data: Path) -> pd.DataFrame:
 # Meaning -------------------------------------------------------------------------------------------------------------
 
 
+def _mapped(rows: pd.DataFrame, mapping: Mapping[str, str], task: str, source: Path) -> pd.DataFrame:
+    """Rename labels and findings as `load_table` says; films with nothing left are dropped."""
+    none = next((new for old, new in mapping.items() if old.lower() in NO_FINDING), "" if "*" not in mapping else None)
+
+    def renamed(label: str) -> str | None:
+        parts = [mapping.get(part.strip(), mapping.get("*", part.strip())) for part in label.split("|") if part.strip()]
+        if not parts and none is not None:
+            parts = [none]
+        kept = sorted({part for part in parts if part})
+        return "|".join(kept) if kept or (task == "multilabel" and not any(parts)) else None
+
+    if told := told_of(rows):
+        if task != "multilabel":
+            rows = rows.drop(columns=[TARGET + name for name in told])
+        else:
+            rows = _mapped_targets(rows, told, mapping)
+    labels = rows["label"].map(renamed)
+    if task != "multilabel" and len(torn := rows[labels.str.contains("|", regex=False, na=False)]):
+        raise DataError(
+            f"{source}: --map gives {counted(len(torn), 'film')} several classes, such as {torn['path'].iloc[0]} "
+            f"({torn['label'].iloc[0]}); map all but one of its labels to nothing (--map LABEL=)"
+        )
+    kept = labels.notna()
+    if not kept.any():
+        raise DataError(f"{source}: --map leaves no film; its labels are {', '.join(sorted(set(rows['label']))[:8])}")
+    return rows[kept].assign(label=labels[kept])
+
+
+def _mapped_targets(rows: pd.DataFrame, told: list[str], mapping: Mapping[str, str]) -> pd.DataFrame:
+    """Rename columns y_<finding>; of several that get one name, any that is there counts."""
+    of: dict[str, list[pd.Series]] = {}
+    for name in told:
+        if new := mapping.get(name, mapping.get("*", name)):
+            of.setdefault(new, []).append(rows[TARGET + name])
+    columns = {}
+    for new, parts in of.items():
+        values = np.column_stack([part.to_numpy(dtype=float) for part in parts])
+        whole = np.where(np.isnan(values).any(1), np.nan, np.where((values == UNCERTAIN).any(1), UNCERTAIN, 0.0))
+        columns[TARGET + new] = np.where((values == 1).any(1), 1.0, whole)
+    return rows.drop(columns=[TARGET + name for name in told]).assign(**columns)
+
+
 def _set_task(table: pd.DataFrame, task: str, folder: Path) -> tuple[pd.DataFrame, str]:
     several = bool(told_of(table)) or table["label"].str.contains("|", regex=False).any()
     resolved: str = task
@@ -231,7 +289,8 @@ def _set_task(table: pd.DataFrame, task: str, folder: Path) -> tuple[pd.DataFram
         n = table["label"].nunique()
         if task == "binary" and n > 2:
             raise DataError(
-                f"task binary cannot have {n} classes ({', '.join(sorted(set(table['label']))[:5])}); merge them"
+                f"task binary cannot have {n} classes ({', '.join(sorted(set(table['label']))[:5])}); "
+                "merge them, or rename them with --map"
             )
         return table, resolved or ("binary" if n <= 2 else "multiclass")
     if not several and "findings" in table.columns:

@@ -3,11 +3,11 @@
     table -> split -> films read -> vision_learner -> fine_tune -> calibrated head -> learner.pkl, model.onnx
     -> test rows through model.onnx -> metrics.json, report.html, MODEL_CARD.md -> manifest.json
 
-`python cli.py train [DATA]` runs it.
+With `--folds K` there are K networks, each validated on its own part of the films outside of the test; what is
+exported is the mean of their logits, as one network. `python cli.py train [DATA]` runs it.
 """
 
 import dataclasses
-import hashlib
 import json
 import platform
 import shutil
@@ -18,30 +18,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import set_seed
-from torch import nn
 
 from cxr_fastai import __version__
-from cxr_fastai.callbacks import Autocast, BestEpoch, Checkpoint, FiniteLoss, History, StopSignal
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
-from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders, read_films, without_unreadable
-from cxr_fastai.errors import Interrupted, TrainingError, UsageError
-from cxr_fastai.evaluate import evaluate_table, predictions_csv
+from cxr_fastai.data import OpenFilm, read_films, without_unreadable
+from cxr_fastai.errors import UsageError
+from cxr_fastai.evaluate import measure, predict_table, predictions_csv
 from cxr_fastai.export import check_parity, export_learner, export_onnx
+from cxr_fastai.fitting import announce, build_learner, choose_device, choose_precision, fit, validate
 from cxr_fastai.metrics import fit_temperature, youden_threshold
-from cxr_fastai.model import LoadedWeights, fold_calibration, make_learner
-from cxr_fastai.predict import Predictor
-from cxr_fastai.runs import finish, new_run, safe_cell, write_text
-from cxr_fastai.split import check_split, split_table
-from cxr_fastai.table import load_table, positive_class, targets_of
+from cxr_fastai.model import LoadedWeights, body_and_head, cooled, ensemble
+from cxr_fastai.predict import Prediction, Predictor, decide
+from cxr_fastai.runs import finish, new_run, read_cells, safe_cell, write_text
+from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, given_split, split_table
+from cxr_fastai.table import load_table, positive_class
 
-FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 PARITY_FILMS = 64
 AUTO_SEEDS = 3
 RECORDED_PACKAGES = (
@@ -81,15 +74,12 @@ def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, A
     if config.lr is None:
         config = with_found_rate(config, table, opener, device, run, console)
     write_record(run, config, table, device)
-    learn, weights, class_weights = build_learner(table, config, opener, device)
-    announce(config, table, weights, class_weights, device, console)
-    fit(learn, config, weights, run, console)
-    card = calibrate(learn, table, config, weights, class_weights)
+    learn, card = train_folds(run, table, config, opener, device, console)
     export_learner(learn, run / "learner.pkl")
     export_onnx(learn, config.size, card, run / "model.onnx")
-    parity = check_parity(learn, run / "model.onnx", valid_films(table, opener)[:PARITY_FILMS])
+    parity = check_parity(learn, run / "model.onnx", some_films(table, opener))
     console.say(f"Exported learner.pkl and model.onnx; probabilities differ by at most {parity:.1e}")
-    metrics = test_and_report(run, table, console)
+    metrics = test_and_report(run, table, config, console)
     if not config.keep_checkpoints:
         shutil.rmtree(run / "checkpoints")
     finish(run)
@@ -100,14 +90,19 @@ def prepare_table(config: TrainConfig, console: Console) -> pd.DataFrame:
     """Load the data and split it by patient; `attrs` gains `positive`, the class that a threshold is about."""
     table = load_table(config.data, task=config.task, patient_regex=config.patient_regex, hash_ids=config.hash_ids)
     attrs = dict(table.attrs)
-    table = split_table(table, seed=config.seed, test=config.test, valid=config.valid)
+    attrs["positive"] = _positive(config, attrs)
+    if config.split_csv is not None:
+        table = given_split(table, config.split_csv)
+    table = split_table(table, seed=config.seed, test=config.test, valid=0 if config.folds else config.valid)
+    if config.folds:
+        table = deal_folds(table, config.folds, config.seed)
     check_split(table)
-    table.attrs.update(attrs, positive=_positive(config, attrs))
+    table.attrs = attrs
     counts = table["split"].value_counts()
     sizes = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "valid", "test"))
     console.say(
         f"{config.data}: {len(table)} films of {table['patient_id'].nunique()} patients, {attrs['task']} "
-        f"({', '.join(attrs['classes'])}); by patient {sizes}"
+        f"({', '.join(attrs['classes'])}); by patient {sizes}{f' in {config.folds} folds' if config.folds else ''}"
     )
     for note in attrs["notes"]:
         console.say(note)
@@ -121,25 +116,6 @@ def _positive(config: TrainConfig, attrs: dict[str, Any]) -> str | None:
     if positive not in attrs["classes"]:
         raise UsageError(f"--positive is {positive}, but must be one of {', '.join(attrs['classes'])}")
     return positive
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device: CUDA where there is one, else the CPU; refuse a CUDA asked for that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; use --device auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(config: TrainConfig, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16: what was asked for, else bf16 where the hardware multiplies it."""
-    if config.precision != "auto":
-        if config.precision == "fp16" and device.type == "cpu":
-            raise UsageError("--precision fp16 needs a CUDA device; use bf16, fp32 or auto")
-        return config.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
 
 def read_all(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, console: Console) -> pd.DataFrame:
@@ -159,8 +135,9 @@ def with_found_rate(
     """Return the config with the learning rate that lr-find suggests; its plot goes into the run folder."""
     from cxr_fastai.explore import chosen_rate, lr_find_seeds
 
+    first = next(folds_of(table))
     found = lr_find_seeds(
-        table, config, opener, device, seeds=AUTO_SEEDS, iterations=100, plot=run / "lr_find.png", console=console
+        first, config, opener, device, seeds=AUTO_SEEDS, iterations=100, plot=run / "lr_find.png", console=console
     )
     return dataclasses.replace(config, lr=chosen_rate(found))
 
@@ -189,174 +166,110 @@ def versions() -> dict[str, str]:
     return {"cxr_fastai": __version__, "python": platform.python_version(), **packages}
 
 
-def class_weights_of(table: pd.DataFrame, uncertain: str = "ignore") -> torch.Tensor:
-    """Return one weight a class (K,) float32 so that each class counts the same in the loss.
+def train_folds(
+    run: Path, table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, device: torch.device, console: Console
+) -> tuple[Learner, dict[str, Any]]:
+    """Train a network a fold (without folds, one), and return one Learner of them all, calibrated, with its card.
 
-    Single label: n / (K n_c). Multi-label: negatives / positives of each finding, at most 20, for the positives.
-    Counted on the training films, of each finding on those where it is known; `uncertain` is the config's.
+    Temperature and threshold are chosen on what each network says of the films that it did not learn from. With folds
+    that is every film outside of the test: out_of_fold.csv and cross_validation.json.
     """
-    train, classes = table[table["split"] == "train"], table.attrs["classes"]
-    if table.attrs["task"] == "multilabel":
-        y = targets_of(train, classes, uncertain)
-        positive, negative = np.nansum(y, axis=0), np.nansum(1 - y, axis=0)
-        return torch.tensor(np.minimum(negative / np.maximum(positive, 1), 20), dtype=torch.float32)
-    labels = train["label"]
-    counts = np.array([(labels == c).sum() for c in classes])
-    return torch.tensor(len(labels) / (len(classes) * counts), dtype=torch.float32)
+    models, logits, targets, held_out = [], [], [], []
+    for number, part in enumerate(folds_of(table), 1):
+        part.attrs = table.attrs
+        fold = number if config.folds else None
+        if fold:
+            console.say(f"Fold {fold} of {config.folds}")
+        learn, weights, class_weights = build_learner(part, config, opener, device)
+        announce(config, part, weights, class_weights, device, console)
+        fit(learn, config, weights, run, console, fold)
+        said, truth = validate(learn, class_weights)
+        models.append(learn.model.cpu())
+        logits.append(said)
+        targets.append(truth)
+        held_out.append(part[part["split"] == "valid"])
+    if config.folds:
+        # The optimiser and the parameter groups of the last fold do not fit the whole.
+        learn.model, learn.opt, learn.splitter = ensemble(models), None, body_and_head
+    films, all_logits = pd.concat(held_out), np.concatenate(logits)
+    card, p = calibrate(learn, table, all_logits, np.concatenate(targets), config, weights)
+    if config.folds:
+        rows = [told(path, values, card) for path, values in zip(films["path"], p, strict=True)]
+        write_text(run / "out_of_fold.csv", predictions_csv(films, rows, card["classes"]))
+        found = {"run": run.name, "split": "out of fold", **measure(read_cells(run / "out_of_fold.csv"), card)}
+        write_text(run / "cross_validation.json", json.dumps(found, indent=1))
+    return learn, card
 
 
-def build_learner(
-    table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, device: torch.device
-) -> tuple[Learner, LoadedWeights, torch.Tensor]:
-    """Make the Learner of a run, seeded, with weights loaded, class weights in the loss and precision set."""
-    set_seed(config.seed)
-    weights = class_weights_of(table, config.uncertain)
-    on_device = weights.to(device)
-    multilabel = table.attrs["task"] == "multilabel"
-    loss: nn.Module = KnownBCE(on_device) if multilabel else CrossEntropyLossFlat(weight=on_device)
-    learn, loaded = make_learner(make_dataloaders(table, config, opener, device), config, loss)
-    precision = choose_precision(config, device)
-    learn.add_cb(ChannelsLast())
-    if precision != "fp32":
-        learn.add_cb(MixedPrecision(precision) if device.type == "cuda" else Autocast())
-    return learn, loaded, weights
-
-
-def announce(
-    config: TrainConfig,
-    table: pd.DataFrame,
-    weights: LoadedWeights,
-    class_weights: torch.Tensor,
-    device: torch.device,
-    console: Console,
-) -> None:
-    """Say what is about to be trained, from which weights and on what."""
-    if weights.pretrained or weights.kind == config.weights:
-        console.say(f"Start: {weights.detail}")
-    else:
-        console.warn(
-            "training starts from random weights",
-            f"{weights.detail}. Expect clearly worse results than from pretrained weights, above all with few films. "
-            "Give --weights FILE, or run once with a network connection.",
-        )
-    shown = ", ".join(f"{c} {w:.2f}" for c, w in zip(table.attrs["classes"], class_weights.tolist(), strict=True))
-    console.say(f"Class weights in the loss: {shown}")
-    console.say(
-        f"{config.arch} at {config.size}×{config.size}, batch {config.batch_size}, Adam at {config.lr:g}, "
-        f"{choose_precision(config, device)} on {device.type}, seed {config.seed}"
-    )
-
-
-def fit(learn: Learner, config: TrainConfig, weights: LoadedWeights, run: Path, console: Console) -> None:
-    """Run both phases of `fine_tune`, keep the best epoch of both, and draw the history.
-
-    A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
-    first epoch, at one learning rate for all layers, for as many epochs as both phases have.
-    """
-    frozen = config.freeze_epochs if weights.pretrained else 0
-    phases = [FROZEN] * bool(frozen) + [FINE_TUNE if weights.pretrained else FROM_SCRATCH]
-    epochs = config.epochs + config.freeze_epochs
-    finite, best, stop = FiniteLoss(), BestEpoch(config.patience), StopSignal()
-    multilabel = isinstance(learn.loss_func, KnownBCE)
-    lr = config.lr or TrainConfig.lr
-
-    def say(row: dict[str, Any]) -> None:
-        console.say(epoch_line(row, epochs))
-
-    with console.progress("Training batches", epochs * len(learn.dls.train)) as advance:
-        history = History(run / "history.csv", phases, multilabel, say, advance)
-        callbacks = [finite, history, best, Checkpoint(run / "checkpoints" / "last.pth"), stop]
-        with learn.added_cbs(callbacks), stop.listening(), learn.no_bar(), learn.no_logging():
-            if frozen:
-                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen)
-            else:
-                learn.unfreeze()
-                learn.fit_one_cycle(epochs, lr)
-    if finite.problem:
-        raise TrainingError(finite.problem)
-    if stop.received:
-        raise Interrupted(_stopped(stop.received, history.epochs_done, epochs, run))
-    learn.model.load_state_dict(best.weights)
-    console.say(
-        f"Best epoch: {best.epoch_of_best} of {history.epochs_done} (by validation AUROC); its weights are kept"
-    )
-
-
-def _stopped(signal_name: str, done: int, epochs: int, run: Path) -> str:
-    if not done:
-        return f"stopped by {signal_name} before the first epoch ended; nothing to keep in {run}"
-    kept = run / "checkpoints" / "last.pth"
-    return f"stopped by {signal_name}; epoch {done} of {epochs} is saved, go on from it with --weights {kept}"
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """Return one epoch as a line for people."""
-    return (
-        f"epoch {row['epoch']:>2}/{epochs} {row['phase']:<12}"
-        f" train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.3f}"
-        f" · valid loss {row['valid_loss']:.3f} accuracy {row['valid_accuracy']:.3f} AUROC {row['valid_auroc']:.3f}"
-        f" · {row['seconds']:.0f} s"
-    )
+def told(path: str, probabilities: np.ndarray, card: dict[str, Any]) -> Prediction:
+    """Return the row of one film from its probabilities (K,)."""
+    p = dict(zip(card["classes"], map(float, probabilities), strict=True))
+    return Prediction(path, probabilities=p, **decide(p, card))
 
 
 def calibrate(
-    learn: Learner, table: pd.DataFrame, config: TrainConfig, weights: LoadedWeights, class_weights: torch.Tensor
-) -> dict[str, Any]:
-    """Choose temperature and threshold on the validation films, fold the first into the head, return the card."""
+    learn: Learner,
+    table: pd.DataFrame,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    config: TrainConfig,
+    weights: LoadedWeights,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Choose temperature and threshold on held-out films, fold the first into the head; return card and probabilities.
+
+    Parameters
+    ----------
+    logits, targets
+        (n, K) of films that were not learned from, and what is true of them, as the loss takes it.
+    """
     task, classes, positive = (table.attrs[k] for k in ("task", "classes", "positive"))
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Autocast | MixedPrecision)])
-    with learn.no_bar(), learn.no_logging():
-        logits, targets = learn.get_preds(ds_idx=1, act=nn.Identity())
-    # Weighted cross-entropy moves each logit by the log of its class weight; calibrated ones are without it.
-    log_weights = class_weights.log()
     multilabel = task == "multilabel"
-    temperature = fit_temperature((logits - log_weights).numpy(), targets.numpy(), multilabel)
-    fold_calibration(learn, temperature, log_weights)
-    calibrated = (logits - log_weights) / temperature
+    temperature = fit_temperature(logits, targets, multilabel)
+    cooled(learn.model, temperature)
+    calibrated = torch.from_numpy(logits) / temperature
     p = (calibrated.sigmoid() if multilabel else calibrated.softmax(1)).double().numpy()
+    aim = {"sensitivity": config.target_sensitivity, "specificity": config.target_specificity}
     threshold: float | dict[str, float] | None = None
     if multilabel:
-        threshold = {c: youden_threshold(targets[:, k].numpy(), p[:, k]) for k, c in enumerate(classes)}
+        threshold = {c: youden_threshold(targets[:, k], p[:, k], **aim) for k, c in enumerate(classes)}
     elif task == "binary":
         k = classes.index(positive)
-        threshold = youden_threshold((targets == k).numpy(), p[:, k])
+        threshold = youden_threshold(targets == k, p[:, k], **aim)
+    rule = next((name for name, target in aim.items() if target is not None), "youden")
     return {
         "classes": list(classes),
         "task": task,
         "positive": positive,
         "threshold": threshold,
+        "operating_point": {"rule": rule, "target": aim.get(rule)},
         "temperature": temperature,
         "bias": learn.model[1].linear.bias.detach().cpu().tolist(),
         "arch": config.arch,
+        "folds": config.folds,
         "size": config.size,
         "weights": weights.detail,
         "data": {"source": config.data, "films": len(table), "fingerprint": fingerprint(table)},
         "versions": versions(),
         "notice": "Research software, not a medical device.",
-    }
+    }, p
 
 
-def fingerprint(table: pd.DataFrame) -> str:
-    """Return a SHA-256 over file names, labels, patients and split: equal tables have equal ones, wherever they lie."""
-    names = table["path"].map(lambda p: Path(p).name)
-    rows = sorted(zip(names, table["label"], table["patient_id"], table["split"], strict=True))
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def some_films(table: pd.DataFrame, opener: OpenFilm) -> np.ndarray:
+    """Return films outside of the test, validation's first, (N, size, size) float32 in [0, 1] as the network takes."""
+    order = table[table["split"] != "test"].sort_values("split", ascending=False, kind="stable")
+    return np.stack([opener.encodes(path)[0].numpy() for path in order["path"][:PARITY_FILMS]])
 
 
-def valid_films(table: pd.DataFrame, opener: OpenFilm) -> np.ndarray:
-    """Return the validation films as the network takes them, (N, size, size) float32 in [0, 1]."""
-    paths = table.loc[table["split"] == "valid", "path"]
-    return np.stack([opener.encodes(path)[0].numpy() for path in paths])
-
-
-def test_and_report(run: Path, table: pd.DataFrame, console: Console) -> dict[str, Any]:
-    """Send the test films through model.onnx and write predictions.csv, metrics.json, the report and the card."""
+def test_and_report(run: Path, table: pd.DataFrame, config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Send the test films through model.onnx; write predictions, figures, graded evidence, the report and the card."""
     from cxr_fastai.report import write_history_plot, write_model_card, write_report
 
     predictor = Predictor(run / "model.onnx")
     test = table[table["split"] == "test"].reset_index(drop=True)
-    rows, metrics = evaluate_table(predictor, test, split="test", run=run.name, console=console)
+    rows = predict_table(predictor, test, console)
     write_text(run / "predictions.csv", predictions_csv(test, rows, predictor.classes))
+    found = measure(read_cells(run / "predictions.csv"), predictor.card, config.prevalence)
+    metrics = {"run": run.name, "split": "test", **found}
     write_text(run / "metrics.json", json.dumps(metrics, indent=1))
     write_history_plot(run)
     write_report(run, predictor, test, rows)

@@ -69,8 +69,10 @@ class Pretrainer(torch.nn.Module):
             features = self.features(whole)
         features = features.float()
         evidence = self.findings.evidence(features) * (features.shape[2] * features.shape[3])
-        return self.findings(features), evidence * self.scale.exp() + self.shift, self.extra(
-            EvidenceHead.pool(features)
+        return (
+            self.findings(features),
+            evidence * self.scale.exp() + self.shift,
+            self.extra(EvidenceHead.pool(features)),
         )
 
     def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ from cxr_fastai.data import (
     OpenFilm,
     RandomShiftCrop,
     TensorRadiograph,
-    film_findings,
     make_dataloaders,
     read_films,
     without_unreadable,
@@ -73,8 +72,3 @@ def test_batches_are_normalised_and_leave_the_test_films_out(films: Path) -> Non
     assert (grey - grey[:, :1]).abs().max() < 1e-6
     assert 0 <= grey.min() <= grey.max() <= 1
     assert list(dls.vocab) == ["abnormal", "normal"]
-
-
-def test_no_finding_is_an_empty_list() -> None:
-    assert film_findings(pd.Series({"label": ""})) == []
-    assert film_findings(pd.Series({"label": "Mass|Edema"})) == ["Mass", "Edema"]

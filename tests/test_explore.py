@@ -10,7 +10,8 @@ from cxr_fastai.console import QUIET
 from cxr_fastai.data import OpenFilm
 from cxr_fastai.errors import TrainingError
 from cxr_fastai.explore import chosen_rate, find_rate, one_run, suggest
-from cxr_fastai.training import build_learner, prepare_table, train
+from cxr_fastai.fitting import build_learner
+from cxr_fastai.training import prepare_table, train
 
 
 @pytest.fixture

@@ -104,8 +104,21 @@ def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest
 def test_calibration_folds_into_the_head_exactly() -> None:
     torch.manual_seed(0)
     head = EvidenceHead(8, 2, 0.0)
-    learn = type("Learn", (), {"model": torch.nn.Sequential(torch.nn.Identity(), head)})
+    network = torch.nn.Sequential(torch.nn.Identity(), head)
     features, log_weights = torch.rand(5, 8, 2, 2), torch.tensor([0.3, -0.2])
     before = head(features).detach()
-    model.fold_calibration(learn, 2.5, log_weights)
+    model.without_class_weights(network, log_weights.exp())
+    model.cooled(network, 2.5)
     assert torch.allclose(head(features), (before - log_weights) / 2.5, atol=1e-6)
+
+
+def test_ensemble_is_the_mean_of_the_logits_and_its_evidence_adds_up() -> None:
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), EvidenceHead(4, 2, 0.5)).eval() for _ in range(3)]
+    films = torch.rand(5, 3, 8, 8)
+    whole = model.ensemble(models).eval()
+    logits = whole(films)
+    assert torch.allclose(logits, torch.stack([m(films) for m in models]).mean(0), atol=1e-6)
+    evidence = whole[1].evidence(whole[0](films)).sum((2, 3)) + whole[1].linear.bias
+    assert torch.allclose(evidence, logits, atol=1e-6)
+    assert model.ensemble(models[:1]) is models[0]

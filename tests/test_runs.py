@@ -1,10 +1,21 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cxr_fastai.errors import ModelFileError, UsageError
-from cxr_fastai.runs import atomic_path, find_model, find_run, finish, new_run, safe_cell, sha256, write_text
+from cxr_fastai.runs import (
+    atomic_path,
+    find_model,
+    find_run,
+    finish,
+    new_run,
+    read_cells,
+    safe_cell,
+    sha256,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
@@ -73,3 +84,10 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
 )
 def test_no_cell_is_a_formula(cell: object, written: object) -> None:
     assert safe_cell(cell) == written
+
+
+def test_cells_are_read_as_they_were_before_they_were_made_safe(tmp_path: Path) -> None:
+    cells = ["=1+1", "-x.png", "+7", "@home", "'quoted", "plain", "", "NA", "3.10"]
+    table = pd.DataFrame({"path": cells})
+    table.map(safe_cell).to_csv(tmp_path / "split.csv", index=False)
+    assert read_cells(tmp_path / "split.csv")["path"].tolist() == cells

@@ -17,12 +17,13 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.data import KnownBCE
 from cxr_fastai.errors import DataError
 from cxr_fastai.evaluate import evaluate_run
+from cxr_fastai.fitting import class_weights_of
 from cxr_fastai.patients import pseudonym
 from cxr_fastai.predict import Predictor
 from cxr_fastai.sources import CHEXPERT_FINDINGS, find_source
 from cxr_fastai.split import split_table
 from cxr_fastai.table import load_table, targets_of
-from cxr_fastai.training import class_weights_of, train
+from cxr_fastai.training import train
 
 NIH_HEAD = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.split import check_split, split_table
+from cxr_fastai.split import check_split, deal_folds, folds_of, given_split, split_table
 
 
 def made(labels, patients=None, **columns):
@@ -115,3 +115,55 @@ def test_a_torn_patient_is_refused():
     for refuse in (check_split, split_table):
         with pytest.raises(DataError, match=message):
             refuse(table)
+
+
+def listed(tmp_path, rows: pd.DataFrame):
+    file = tmp_path / "split.csv"
+    rows.to_csv(file, index=False)
+    return file
+
+
+def test_a_split_can_be_given_by_path_file_name_or_patient(tmp_path) -> None:
+    table = pd.DataFrame({"path": ["a/1.png", "a/2.png"], "label": ["x", "y"], "patient_id": ["p", "q"], "split": ""})
+    for rows in (
+        {"path": ["a/2.png", "a/1.png", "a/3.png"], "split": ["test", "train", "valid"]},
+        {"path": ["/else/2.png", "/else/1.png"], "split": ["testing", "Train"]},
+        {"patient_id": ["q", "p"], "split": ["test", "train"]},
+    ):
+        found = given_split(table, listed(tmp_path, pd.DataFrame(rows)))
+        assert found["split"].tolist() == ["train", "test"]
+
+
+def test_a_given_split_must_hold_every_film_once(tmp_path) -> None:
+    table = pd.DataFrame({"path": ["a/1.png", "b/1.png"], "label": ["x", "y"], "patient_id": ["p", "q"], "split": ""})
+    for rows, message in (
+        ({"path": ["a/1.png"], "split": ["train"]}, "1 film not in it, such as b/1.png; add or remove"),
+        (
+            {"path": ["a/1.png", "b/1.png", "a/1.png"], "split": ["train", "test", "test"]},
+            "1 film there with two splits",
+        ),
+        ({"path": ["a/1.png", "b/1.png"], "split": ["train", "later"]}, "split 'later' is none of train, valid, test"),
+    ):
+        with pytest.raises(DataError, match=message):
+            given_split(table, listed(tmp_path, pd.DataFrame(rows)))
+    with pytest.raises(UsageError, match=r"needs the columns split and path \(or patient_id\), has \['film'\]"):
+        given_split(table, listed(tmp_path, pd.DataFrame({"film": ["a"]})))
+    with pytest.raises(UsageError, match="cannot be read"):
+        given_split(table, tmp_path / "none.csv")
+
+
+def test_folds_hold_whole_patients_and_leave_the_test_alone() -> None:
+    labels = ["normal", "abnormal"] * 30
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "label": labels})
+    table["patient_id"] = [f"p{i // 3}" for i in range(60)]
+    table["split"] = ["test" if i < 12 else "train" for i in range(60)]
+    table.attrs = {"task": "binary", "classes": ["abnormal", "normal"]}
+    dealt = deal_folds(table, 4, seed=0)
+    assert (dealt.loc[:11, "fold"] == 0).all()
+    assert dealt.loc[12:, "fold"].value_counts().to_dict() == {1: 12, 2: 12, 3: 12, 4: 12}
+    assert dealt.loc[12:].groupby("patient_id")["fold"].nunique().max() == 1
+    parts = list(folds_of(dealt))
+    assert [part["split"].value_counts().to_dict() for part in parts] == [{"train": 36, "valid": 12, "test": 12}] * 4
+    held = pd.concat([part[part["split"] == "valid"] for part in parts])
+    assert sorted(held["path"]) == sorted(table["path"][12:])
+    assert len(list(folds_of(table))) == 1

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from cxr_fastai.errors import DataError, UsageError
 from cxr_fastai.split import split_table
-from cxr_fastai.table import load_table, positive_class
+from cxr_fastai.table import load_table, positive_class, told_of
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real-cxr"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films at {REAL}")
@@ -313,3 +314,32 @@ def test_real_manifest_is_used_for_its_folder():
     assert len(table) == 1320
     assert table.attrs["task"] == "multiclass"
     assert all(Path(path).is_file() for path in table["path"])
+
+
+def test_labels_are_mapped_part_by_part_and_films_with_nothing_left_are_dropped(tmp_path: Path) -> None:
+    rows = "path,label\na.png,Pneumonia|Effusion\nb.png,No Finding\nc.png,Effusion\nd.png,Pneumonia\n"
+    (tmp_path / "list.csv").write_text(rows)
+    for name in "abcd":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    mapping = {"Pneumonia": "PNEUMONIA", "No Finding": "NORMAL", "*": ""}
+    table = load_table(tmp_path / "list.csv", task="binary", mapping=mapping, classes=["NORMAL", "PNEUMONIA"])
+    assert [(Path(p).name, label) for p, label in zip(table["path"], table["label"], strict=True)] == [
+        ("a.png", "PNEUMONIA"), ("b.png", "NORMAL"), ("d.png", "PNEUMONIA"),
+    ]  # fmt: skip
+    every = load_table(tmp_path / "list.csv", task="binary", mapping={"No Finding": "normal", "*": "abnormal"})
+    assert every["label"].tolist() == ["abnormal", "normal", "abnormal", "abnormal"]
+    with pytest.raises(DataError, match=r"--map gives 1 film several classes, such as .*a.png \(Pneumonia\|Effusion\)"):
+        load_table(tmp_path / "list.csv", task="binary", mapping={"Pneumonia": "X", "Effusion": "Y"})
+    with pytest.raises(DataError, match="--map leaves no film; its labels are Effusion, No Finding"):
+        load_table(tmp_path / "list.csv", task="binary", mapping={"*": ""})
+
+
+def test_mapped_findings_are_there_where_any_is_and_unknown_where_one_is(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,A,B,C\na.png,1,0,0\nb.png,0,0,1\nc.png,0,,1\nd.png,-1,0,0\n")
+    for name in "abcd":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    table = load_table(
+        tmp_path / "list.csv", task="multilabel", mapping={"A": "AB", "B": "AB", "C": ""}, classes=["AB"]
+    )
+    assert told_of(table) == ["AB"]
+    np.testing.assert_array_equal(table["y_AB"], [1, 0, np.nan, -1])

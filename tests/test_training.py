@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import torch
 from conftest import write_films
@@ -23,11 +24,12 @@ from sklearn.metrics import roc_auc_score
 from cxr_fastai.callbacks import HISTORY_COLUMNS
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.errors import TrainingError, UsageError
+from cxr_fastai.fitting import class_weights_of
 from cxr_fastai.images import read_radiograph, to_input
 from cxr_fastai.predict import Predictor
 from cxr_fastai.runs import sha256
 from cxr_fastai.table import load_table
-from cxr_fastai.training import class_weights_of, train
+from cxr_fastai.training import train
 
 FILES = {
     "config.json", "split.csv", "history.csv", "history.png", "learner.pkl", "model.onnx", "predictions.csv",
@@ -205,3 +207,25 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(films: Path, tmp_path
     kept = torch.load(tmp_path / "x" / "checkpoints" / "last.pth", weights_only=True)
     assert kept["history"][-1]["epoch"] >= 1
     assert not (tmp_path / "x" / "manifest.json").exists()
+
+
+def test_folds_make_one_network_of_all_and_measure_every_film_outside_of_the_test(films: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=str(films), out=str(tmp_path), arch="resnet18", weights="none", size=32, epochs=1, freeze_epochs=0,
+        folds=2, batch_size=8, target_sensitivity=0.9, prevalence=(0.1,),
+    )  # fmt: skip
+    run, metrics = train(config)
+    split = pd.read_csv(run / "split.csv")
+    out_of_fold = pd.read_csv(run / "out_of_fold.csv")
+    assert sorted(out_of_fold["path"]) == sorted(split.loc[split["split"] != "test", "path"])
+    assert set(out_of_fold["fold"]) == {1, 2}
+    found = json.loads((run / "cross_validation.json").read_text())
+    assert found["n"] == len(out_of_fold)
+    expected = roc_auc_score(out_of_fold["label"] == "abnormal", out_of_fold["p_abnormal"])
+    assert found["metrics"]["auroc"]["value"] == pytest.approx(expected, abs=1e-12)
+    assert found["metrics"]["sensitivity"]["value"] >= 0.9  # the threshold was chosen on these films
+    assert pd.read_csv(run / "history.csv")["fold"].tolist() == [1, 2]
+    assert metrics["operating_point"] == {"rule": "sensitivity", "target": 0.9}
+    # The learner is that ensemble, and says what the two networks' mean says.
+    predictor = Predictor(run)
+    assert predictor.run(np.zeros((1, 32, 32), np.float32))["features"].shape == (1, 1024)

@@ -108,7 +108,7 @@ def read_film(source: str | Path | bytes | BinaryIO, limits: Limits | None = Non
         is NoSuchFrame where `frame` is beyond the last one.
     """
     limits = limits or Limits()
-    data = _read_bytes(source, limits)
+    data = read_bytes(source, limits)
     try:
         with quiet:
             return _read(data, limits, frame, time.thread_time() + limits.max_seconds)
@@ -183,7 +183,7 @@ def _open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_bytes(source: str | Path | bytes | BinaryIO, limits: Limits) -> bytes:
+def read_bytes(source: str | Path | bytes | BinaryIO, limits: Limits) -> bytes:
     """Read all bytes of `source`, unless there are more than the limit allows."""
     try:
         if isinstance(source, bytes | bytearray | memoryview):
@@ -212,6 +212,7 @@ __all__ = [
     "films_below",
     "looks_like_film",
     "printable",
+    "read_bytes",
     "read_film",
     "read_radiograph",
     "resize",
