@@ -208,6 +208,18 @@ def train(
     hash_ids: HashIds = False,
     split_csv: SplitCsv = None,
     folds: Folds = TrainConfig.folds,
+    audit: Annotated[
+        str,
+        typer.Option(
+            help="Before training: cheap (copies, patients) or full (as the verb audit).", rich_help_panel="Data"
+        ),
+    ] = TrainConfig.audit,
+    allow_leaks: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leaks", help="Train although the split leaks; the report says so.", rich_help_panel="Data"
+        ),
+    ] = False,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
@@ -344,6 +356,35 @@ def lr_find(
     found = find_rate(config, seeds=seeds, iterations=iterations, plot=plot, console=console)
     if as_json:
         print_json(found)
+
+
+@app.command()
+def audit(
+    data: Data = None,
+    model: Annotated[
+        str | None, typer.Option(help="Run folder whose model looks for wrong labels; else the shipped weights.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a page with the films to this HTML file.")] = None,
+    task: Task = TrainConfig.task,
+    patient_regex: PatientRegex = None,
+    hash_ids: HashIds = False,
+    seed: Seed = TrainConfig.seed,
+    as_json: Json = False,
+) -> None:
+    """Look for what makes figures wrong: copies, leaks, shortcuts, wrong labels, bad films. Ends with 1 on an error."""
+    from cxr_fastai.audit import run_audit
+    from cxr_fastai.audit.page import show_audit
+    from cxr_fastai.console import Console
+
+    console = Console(machine=as_json)
+    ensure_phantoms(data, console)
+    options = {"task": task, "patient_regex": patient_regex, "hash_ids": hash_ids}
+    found = run_audit(str(data or DEFAULT_DATA), model=model, page=page, options=options, seed=seed, console=console)
+    show_audit(found, console)
+    if as_json:
+        print_json(found.to_dict())
+    if any(finding.severity == "error" for finding in found.findings):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any, Self
 from cxr_fastai.errors import UsageError
 
 TASKS = ("auto", "binary", "multiclass", "multilabel")
+AUDITS = ("cheap", "full")
 UNCERTAIN = ("ignore", "ones", "zeros", "soft")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -141,6 +142,7 @@ class DataConfig(Saved):
         `ones` and `zeros` take it for present or absent, `soft` for 0.7 present. Nothing is ever measured on it.
     hash_ids: store a hash instead of each patient id (pseudonymisation, not anonymisation; file names stay).
     split_csv: a file that gives the split, by path or patient. folds: parts for cross-validation; 0 is none.
+    audit: what is looked for before training, `cheap` or `full`. allow_leaks: train although the split leaks.
     """
 
     data: str = "data/synthetic"
@@ -155,9 +157,12 @@ class DataConfig(Saved):
     hash_ids: bool = False
     split_csv: str | None = None
     folds: int = 0
+    audit: str = "cheap"
+    allow_leaks: bool = False
 
     def __post_init__(self) -> None:
         require(self.folds == 0 or 2 <= self.folds <= 20, "--folds", self.folds, "0 (none), or from 2 to 20")
+        require(self.audit in AUDITS, "--audit", self.audit, f"one of {', '.join(AUDITS)}")
         require(self.task in TASKS, "--task", self.task, f"one of {', '.join(TASKS)}")
         require(self.uncertain in UNCERTAIN, "--uncertain", self.uncertain, f"one of {', '.join(UNCERTAIN)}")
         require(0 < self.test < 1, "--test", self.test, "a share above 0 and below 1")

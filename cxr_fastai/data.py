@@ -54,6 +54,7 @@ class OpenFilm(Transform):
     def __init__(self, size: int):
         self.size = size
         self.films: dict[str, Place | np.ndarray] = {}
+        self.identities: dict[str, str] = {}
         self.cache: FilmCache | None = None
         self.warning: str | None = None
 
@@ -73,6 +74,7 @@ class OpenFilm(Transform):
         """Have one film in the cache or in memory; raise UnreadableImage where it cannot be read."""
         cache, data = self.opened(), read_bytes(path, Limits())
         key = cache.key(data)
+        self.identities[path] = key.hex()
         film: Place | np.ndarray | None = cache.find(key)
         if film is None:
             pixels = to_input(read_radiograph(data), self.size)
@@ -81,14 +83,22 @@ class OpenFilm(Transform):
         if film is not None:
             self.films[path] = film
 
-    def thumbnail(self, path: str, side: int) -> np.ndarray:
-        """Return a film that was read before, (side, side) float32 in [0, 1], each pixel the mean of what it covers."""
-        return resize(self.encodes(path)[0].numpy(), side)
+    def thumbnails(self, paths: Sequence[str], side: int, advance: Callable[[], None]) -> np.ndarray:
+        """Return films that were read before, (n, side, side) float32 in [0, 1]."""
+        films = []
+        for path in paths:
+            films.append(resize(self.encodes(path)[0].numpy(), side))
+            advance()
+        return np.stack(films)
+
+    def identity(self, path: str) -> str:
+        """Return a text that two films read have in common only if their files are equal."""
+        return self.identities.get(path, path)
 
     def __getstate__(self) -> dict:
         spawning = get_spawning_popen() is not None
         places = {path: film for path, film in self.films.items() if spawning and isinstance(film, Place)}
-        return {**self.__dict__, "films": places, "cache": None, "warning": None}
+        return {**self.__dict__, "films": places, "identities": {}, "cache": None, "warning": None}
 
 
 class RandomShiftCrop(RandTransform):

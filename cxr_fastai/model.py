@@ -27,8 +27,8 @@ from torch import nn
 
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.errors import ModelFileError, UsageError
+from cxr_fastai.runs import SHIPPED_WEIGHTS
 
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "densenet121-phantom.safetensors"
 DOWNLOAD_SECONDS = 20.0
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 
 from cxr_fastai.errors import ModelFileError, UsageError
 
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "densenet121-phantom.safetensors"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TEMPORARY = ".writing-"

@@ -1,6 +1,6 @@
 """A training run, from a labelled table to a finished run folder: fastai's fast path with nothing left out.
 
-    table -> split -> films read -> vision_learner -> fine_tune -> calibrated head -> learner.pkl, model.onnx
+    table -> split -> films read -> audit -> vision_learner -> fine_tune -> calibrated head -> learner.pkl, model.onnx
     -> test rows through model.onnx -> metrics.json, report.html, MODEL_CARD.md -> manifest.json
 
 With `--folds K` there are K networks, each validated on its own part of the films outside of the test; what is
@@ -21,6 +21,7 @@ import torch
 from fastai.learner import Learner
 
 from cxr_fastai import __version__
+from cxr_fastai.audit import audit_films, refuse_leaks, too_good
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm, read_films, without_unreadable
@@ -71,6 +72,7 @@ def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, A
     device = choose_device(config.device)
     opener = OpenFilm(config.size)
     table = read_all(table, config, opener, console)
+    audit(run, table, config, opener, console)
     if config.lr is None:
         config = with_found_rate(config, table, opener, device, run, console)
     write_record(run, config, table, device)
@@ -127,6 +129,23 @@ def read_all(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, console
     for path, reason in sorted(bad.items()):
         console.say(f"{'left out' if config.skip_bad else 'cannot be read'}: {path}: {reason}")
     return without_unreadable(table, bad, config.skip_bad)
+
+
+def audit(run: Path, table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, console: Console) -> None:
+    """Look for what would make the figures wrong, write audit.json, and refuse a split that leaks.
+
+    Raises
+    ------
+    DataError
+        Where copies of a film, or one patient, stand on both sides; not with `--allow-leaks`.
+    """
+    found = audit_films(table, opener, level=config.audit, seed=config.seed, console=console)
+    write_text(run / "audit.json", found.to_json())
+    for finding in found.findings:
+        if finding.severity != "note":
+            console.say(f"audit: {finding.detail}")
+    if not config.allow_leaks:
+        refuse_leaks(found)
 
 
 def with_found_rate(
@@ -271,6 +290,8 @@ def test_and_report(run: Path, table: pd.DataFrame, config: TrainConfig, console
     found = measure(read_cells(run / "predictions.csv"), predictor.card, config.prevalence)
     metrics = {"run": run.name, "split": "test", **found}
     write_text(run / "metrics.json", json.dumps(metrics, indent=1))
+    if alarm := too_good(test, metrics["metrics"]["auroc"]["value"], config.seed, console):
+        write_text(run / "too_good.json", json.dumps(alarm, indent=1))
     write_history_plot(run)
     write_report(run, predictor, test, rows)
     write_model_card(run)
