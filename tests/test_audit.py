@@ -83,6 +83,7 @@ def test_fewer_than_two_films_have_no_copies() -> None:
 
 def test_copies_are_said_to_cross_split_patients_and_labels() -> None:
     table = rows(split=["train", "test", "train", "train"], patient_id=["p", "q", "r", "r"], label=["a", "a", "a", "b"])
+    assert [f.kind for f in check_copies(table, [Duplicate(2, 3, "near", 0.95)])] == ["near-copy"]
     found = {f.kind: f for f in check_copies(table, [Duplicate(0, 1, "near", 0.95), Duplicate(2, 3, "exact", 1.0)])}
     assert {kind: f.severity for kind, f in found.items()} == {
         "copy-across-splits": "error", "copy-across-patients": "warning", "copy-with-another-label": "warning",

@@ -33,7 +33,7 @@ from cxr_fastai.training import train
 
 FILES = {
     "config.json", "split.csv", "history.csv", "history.png", "learner.pkl", "model.onnx", "predictions.csv",
-    "metrics.json", "report.html", "MODEL_CARD.md", "manifest.json",
+    "metrics.json", "report.html", "MODEL_CARD.md", "manifest.json", "audit.json", "too_good.json",
 }  # fmt: skip
 
 
