@@ -388,6 +388,25 @@ def audit(
 
 
 @app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="Run folder.")] = "exports/latest",
+    films: Annotated[int, typer.Option(help="Test films to predict again.", min=0)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Check a run: files against their hashes, figures against predictions.csv, predictions against the model."""
+    from cxr_fastai.console import Console
+    from cxr_fastai.verify import show_verification, verify_run
+
+    console = Console(machine=as_json)
+    found = verify_run(run, films, console)
+    show_verification(found, console)
+    if as_json:
+        print_json(found)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="Run folder.")] = "exports/latest",
     data: Annotated[

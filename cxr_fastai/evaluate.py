@@ -17,12 +17,13 @@ import pandas as pd
 
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.errors import DataError, UsageError
-from cxr_fastai.metrics import evaluate_predictions
+from cxr_fastai.metrics import evaluate_predictions, predictive_values, reliability, subgroups
 from cxr_fastai.predict import Prediction, Predictor
 from cxr_fastai.runs import find_run, read_cells, safe_cell, write_text
 from cxr_fastai.sources import TARGET
 from cxr_fastai.table import load_table, targets_of, told_of
 
+GROUPS = ("view", "age", "sex", "source")
 ABOUT = ("findings", "view", "age", "sex", "source", "fold")  # columns of a table that predictions.csv keeps
 
 
@@ -80,26 +81,43 @@ def measure(frame: pd.DataFrame, card: Mapping[str, Any], prevalence: Sequence[f
     prevalence
         At which predictive values are told, besides that of the films.
     """
-    classes, multilabel = card["classes"], card["task"] == "multilabel"
+    classes, task, positive = card["classes"], card["task"], card["positive"]
     read = frame[frame["error"] == ""]
+    multilabel = task == "multilabel"
     truth = targets_of(read, classes) if multilabel else np.array([classes.index(label) for label in read["label"]])
-    found = evaluate_predictions(
-        truth,
-        read[[f"p_{name}" for name in classes]].to_numpy(dtype=float),
-        classes,
-        read["patient_id"].to_numpy(),
-        task=card["task"],
-        positive=card["positive"],
-        threshold=card["threshold"],
-    )
+    p = read[[f"p_{name}" for name in classes]].to_numpy(dtype=float)
+    ids = read["patient_id"].to_numpy()
+    asked: dict[str, Any] = {"task": task, "positive": positive, "threshold": card["threshold"]}
+    found = evaluate_predictions(truth, p, classes, ids, **asked)
+    columns = {name: read[name].tolist() for name in GROUPS if name in read}
     return {
         **found,
         "errors": len(frame) - len(read),
         "threshold": card["threshold"],
         "operating_point": card.get("operating_point", {"rule": "youden", "target": None}),
-        "positive": card["positive"],
+        "positive": positive,
         "temperature": card["temperature"],
+        **_by_class(truth, p, ids, card, prevalence),
+        "subgroups": subgroups(truth, p, classes, ids, columns, **asked),
     }
+
+
+def _by_class(
+    truth: np.ndarray, p: np.ndarray, ids: np.ndarray, card: Mapping[str, Any], prevalence: Sequence[float]
+) -> dict[str, Any]:
+    """Return reliability and predictive values: of the positive class, or (unless binary) of each class by name."""
+    classes, task = card["classes"], card["task"]
+    bins, values = {}, {}
+    for k, name in enumerate(classes):
+        if task == "binary" and name != card["positive"]:
+            continue
+        y = truth[:, k] if task == "multilabel" else (truth == k).astype(float)
+        cut = card["threshold"][name] if task == "multilabel" else card["threshold"]
+        called = p.argmax(axis=1) == k if task == "multiclass" else p[:, k] >= cut
+        own = float(np.nanmean(y)) if not np.isnan(y).all() else float("nan")
+        bins[name] = reliability(y, p[:, k])
+        values[name] = [predictive_values(y, called, ids, q) for q in (own, *prevalence) if 0 < q < 1]
+    return {"reliability": bins, "predictive_values": values[card["positive"]] if task == "binary" else values}
 
 
 def predictions_csv(table: pd.DataFrame, rows: Sequence[Prediction], classes: list[str]) -> str:

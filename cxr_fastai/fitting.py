@@ -25,7 +25,7 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
-from cxr_fastai.model import LoadedWeights, make_learner, without_class_weights
+from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, make_learner, without_class_weights
 from cxr_fastai.table import targets_of
 
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
@@ -46,8 +46,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
         return config.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
 
 
 def class_weights_of(table: pd.DataFrame, uncertain: str = "ignore") -> torch.Tensor:

@@ -225,6 +225,12 @@ def _plain_key(key: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", key)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Tell whether the processor has instructions for bfloat16, so that it is faster than float32."""
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
 class Bodies(nn.ModuleList):
     """Several bodies side by side: film -> the maps of features of all, (N, F_1 + F_2 + ..., h, w)."""
 

@@ -173,10 +173,17 @@ class Predictor:
         """
         assert row.evidence is not None
         k = self.classes.index(self.card["positive"] or max(row.probabilities, key=row.probabilities.__getitem__))
-        if self.card["task"] == "multilabel":
-            return row.evidence[k]
-        others = [c for c in range(len(self.classes)) if c != k]
-        return row.evidence[k] - row.evidence[others].mean(0)
+        return class_map(row.evidence, k, self.card["task"])
+
+
+def class_map(evidence: np.ndarray, k: int, task: str) -> np.ndarray:
+    """Return the map (h, w) that is shown for class `k`, from evidence (K, h, w).
+
+    Multi-label: what speaks for the finding. Else: the same, less what speaks for the other classes on average.
+    """
+    if task == "multilabel":
+        return evidence[k]
+    return evidence[k] - np.delete(evidence, k, axis=0).mean(0)
 
 
 def decide(p: dict[str, float], card: dict[str, Any]) -> dict[str, Any]:

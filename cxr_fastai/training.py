@@ -1,7 +1,7 @@
 """A training run, from a labelled table to a finished run folder: fastai's fast path with nothing left out.
 
     table -> split -> films read -> audit -> vision_learner -> fine_tune -> calibrated head -> learner.pkl, model.onnx
-    -> test rows through model.onnx -> metrics.json, report.html, MODEL_CARD.md -> manifest.json
+    -> test rows through model.onnx -> metrics.json, evidence.json, report.html, MODEL_CARD.md -> manifest.json
 
 With `--folds K` there are K networks, each validated on its own part of the films outside of the test; what is
 exported is the mean of their logits, as one network. `python cli.py train [DATA]` runs it.
@@ -29,6 +29,7 @@ from cxr_fastai.errors import UsageError
 from cxr_fastai.evaluate import measure, predict_table, predictions_csv
 from cxr_fastai.export import check_parity, export_learner, export_onnx
 from cxr_fastai.fitting import announce, build_learner, choose_device, choose_precision, fit, validate
+from cxr_fastai.grading import write_evidence
 from cxr_fastai.metrics import fit_temperature, youden_threshold
 from cxr_fastai.model import LoadedWeights, body_and_head, cooled, ensemble
 from cxr_fastai.predict import Prediction, Predictor, decide
@@ -292,6 +293,7 @@ def test_and_report(run: Path, table: pd.DataFrame, config: TrainConfig, console
     write_text(run / "metrics.json", json.dumps(metrics, indent=1))
     if alarm := too_good(test, metrics["metrics"]["auroc"]["value"], config.seed, console):
         write_text(run / "too_good.json", json.dumps(alarm, indent=1))
+    write_evidence(run, predictor, test, console)
     write_history_plot(run)
     write_report(run, predictor, test, rows)
     write_model_card(run)

@@ -20,7 +20,7 @@ def test_light_rooms_import_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import cxr_fastai.{module}") == set()
 
 
-@pytest.mark.parametrize("module", ["table", "metrics", "evaluate", "report"])
+@pytest.mark.parametrize("module", ["table", "metrics", "evaluate", "report", "audit", "grading", "verify"])
 def test_number_rooms_import_no_torch(module: str) -> None:
     assert loaded_after(f"import cxr_fastai.{module}") & {"torch", "torchvision", "fastai"} == set()
 

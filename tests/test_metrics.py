@@ -199,7 +199,7 @@ def test_a_patients_images_stay_together():
 
 def test_resamples_do_not_depend_on_the_block_size(monkeypatch):
     whole = np.concatenate(list(resample_weights(range(30), 20)))
-    monkeypatch.setattr("cxr_fastai.metrics.CHUNK", 90)
+    monkeypatch.setattr("cxr_fastai.metrics.bootstrap.CHUNK", 90)
     np.testing.assert_array_equal(np.concatenate(list(resample_weights(range(30), 20))), whole)
 
 
