@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 
 import pandas as pd
-from cxr_fastai.audit.scan import scan
 
+from cxr_fastai.audit.scan import scan
 from cxr_fastai.audit.shortcuts import Probe, probe
 from cxr_fastai.config import GenerateConfig
 from cxr_fastai.phantom import generate
