@@ -23,11 +23,14 @@ from torch import nn
 from cxr_fastai.callbacks import Autocast, BestEpoch, Checkpoint, FiniteLoss, History, StopSignal
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import Console
-from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
+from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD, KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, make_learner, without_class_weights
 from cxr_fastai.table import targets_of
 
+# How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
+# those learned from phantoms must move further to see real films.
+LR_MULT, PHANTOM_LR_MULT = 100, 2
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 
 
@@ -131,7 +134,8 @@ def fit(
         callbacks = [finite, history, best, Checkpoint(checkpoint), stop]
         with learn.added_cbs(callbacks), stop.listening(), learn.no_bar(), learn.no_logging():
             if frozen:
-                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen)
+                lr_mult = PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
+                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=lr_mult)
             else:
                 learn.unfreeze()
                 learn.fit_one_cycle(epochs, lr)
