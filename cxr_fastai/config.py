@@ -15,6 +15,7 @@ TASKS = ("auto", "binary", "multiclass", "multilabel")
 AUDITS = ("cheap", "full")
 UNCERTAIN = ("ignore", "ones", "zeros", "soft")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PREDICT_PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 # torchvision names whose body ends in a map of features, so that evidence has a place.
 ARCHITECTURES = (

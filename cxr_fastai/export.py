@@ -2,12 +2,14 @@
 
 model.onnx, one file, opset as torch's exporter chooses:
     in   pixels (N, 1, size, size) float32 in [0, 1], as `images.to_input` gives them
-    out  logits (N, K) · probabilities (N, K) · evidence (N, K, h, w) · features (N, F), float32
-The evidence of a class summed over places, plus the card's bias, is its logit. The card stands as JSON in the
-metadata under `card`: classes, task, threshold, temperature, size, versions, fingerprint of the data.
+    out  logits (N, K) · probabilities (N, K) · evidence (N, K, h, w) · features (N, F) · distance (N, 1), float32
+The evidence of a class summed over places, plus the card's bias, is its logit. The distance is how far a film lies from
+those of training (see `outliers`). The card stands as JSON in the metadata under `card`: classes, task, threshold,
+temperature, size, limit of the distance, which precisions agree, versions, fingerprint of the data.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pickle
@@ -18,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from cxr_fastai.engine import BF16, Engine, OnnxRuntime, OpenVino, multiplies_bf16, usable_cores
 from cxr_fastai.errors import TrainingError
+from cxr_fastai.outliers import Outliers
 from cxr_fastai.runs import atomic_path
 
 PARITY = 1e-4  # largest difference of a probability between the two files
-OUTPUTS = ("logits", "probabilities", "evidence", "features")
+PRECISION_DP, PRECISION_AUROC = 0.01, 0.002  # what a faster precision may change
+OUTPUTS = ("logits", "probabilities", "evidence", "features", "distance")
 
 
 def export_learner(learn, path: Path) -> None:
@@ -37,35 +42,16 @@ def export_learner(learn, path: Path) -> None:
         learn.export(temporary.absolute(), pickle_module=pickle)
 
 
-def export_onnx(learn, size: int, card: dict[str, Any], path: Path) -> None:
-    """Write model.onnx with `card` in its metadata; refuse weights that are not finite."""
-    import onnx
+def make_onnx(learn, size: int, task: str, outliers: Outliers):
+    """Return the network of a Learner as an onnx.ModelProto, without a card; refuse weights that are not finite."""
     import torch
-
-    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
 
     bad = [name for name, value in learn.model.state_dict().items() if not torch.isfinite(value.float()).all()]
     if bad:
         raise TrainingError(f"{len(bad)} weights are not finite (first: {bad[0]}); train with a smaller --lr")
-    body, head = learn.model[0].cpu().eval(), learn.model[1].cpu().eval()
-
-    class Graph(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = body, head
-            self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-            self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
-
-        def forward(self, pixels):
-            maps = self.body((pixels - self.mean) / self.std)
-            features = self.head.pool(maps)
-            logits = self.head.linear(features)
-            probabilities = logits.sigmoid() if card["task"] == "multilabel" else logits.softmax(1)
-            return logits, probabilities, self.head.evidence(maps), features
-
     with _quiet_exporter():
         program = torch.onnx.export(
-            Graph().eval(),
+            _graph(learn, task, outliers).eval(),
             (torch.rand(2, 1, size, size),),
             dynamo=True,
             verbose=False,
@@ -74,11 +60,88 @@ def export_onnx(learn, size: int, card: dict[str, Any], path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("films")},),
         )
     assert program is not None  # only torch's older exporter returns None
-    model = program.model_proto
+    return program.model_proto
+
+
+def _graph(learn, task: str, outliers: Outliers):
+    """Return the module that is exported: prepared films in, everything that `OUTPUTS` names out."""
+    import torch
+
+    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+
+    body, head = learn.model[0].cpu().eval(), learn.model[1].cpu().eval()
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+            self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+            for name, value in dataclasses.asdict(outliers).items():
+                self.register_buffer(f"outliers_{name}", torch.as_tensor(value).float())
+
+        def forward(self, pixels):
+            maps = self.body((pixels - self.mean) / self.std)
+            features = self.head.pool(maps)
+            logits = self.head.linear(features)
+            probabilities = logits.sigmoid() if task == "multilabel" else logits.softmax(1)
+            return logits, probabilities, self.head.evidence(maps), features, self.distance(features)
+
+        def distance(self, features):
+            """Repeat `Outliers.distance`, (N, 1)."""
+            centred = features.sqrt() - self.outliers_mean
+            along = centred @ self.outliers_axes
+            outside = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0)
+            return ((along.square() / self.outliers_spread).mean(1) + outside / self.outliers_rest)[:, None] / 2
+
+    return Graph()
+
+
+def write_onnx(model, card: dict[str, Any], path: Path) -> None:
+    """Write an onnx.ModelProto with `card` in its metadata."""
+    import onnx
+
     model.metadata_props.add(key="card", value=json.dumps(card))
     onnx.checker.check_model(model)
     with atomic_path(path) as temporary:
         onnx.save(model, temporary)
+
+
+def compare_precisions(model: bytes, films: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Tell whether bfloat16 gives the same answers as full precision on held-out films: what the card says of it.
+
+    Parameters
+    ----------
+    model
+        Bytes of an ONNX file.
+    films
+        (N, size, size) float32 in [0, 1].
+    truth
+        (N, K) of 1, 0 and NaN (unknown).
+
+    Returns
+    -------
+    dict
+        ``{"bf16": {"passed", "films", "largest_difference", "auroc_change"}}``, or ``passed`` and a ``reason``.
+    """
+    from cxr_fastai.metrics import auroc
+
+    if not multiplies_bf16():
+        return {BF16: {"passed": False, "reason": "not tried: the processor multiplies bfloat16 no faster"}}
+    try:
+        engines: list[Engine] = [OnnxRuntime(model, usable_cores()), OpenVino(model, usable_cores())]
+    except ImportError:
+        return {BF16: {"passed": False, "reason": "not tried: OpenVINO is not installed"}}
+    batches = np.array_split(films, max(1, len(films) // 16))
+    full, half = (np.concatenate([engine.run(batch)["probabilities"] for batch in batches]) for engine in engines)
+    changes = [
+        abs(float(auroc(truth[known, k], half[known, k]) - auroc(truth[known, k], full[known, k])))
+        for k, known in enumerate(~np.isnan(truth.T))
+        if 0 < np.nansum(truth[:, k]) < known.sum()
+    ]
+    largest, change = float(np.abs(full - half).max()), max(changes, default=0.0)
+    passed = largest <= PRECISION_DP and change <= PRECISION_AUROC
+    return {BF16: {"passed": passed, "films": len(films), "largest_difference": largest, "auroc_change": change}}
 
 
 @contextlib.contextmanager

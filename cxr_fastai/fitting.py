@@ -6,6 +6,7 @@
 `training.py` does it once, or once a fold.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,27 @@ def validate(learn: Learner, class_weights: torch.Tensor) -> tuple[np.ndarray, n
     with learn.no_bar(), learn.no_logging():
         logits, targets = learn.get_preds(ds_idx=1, act=nn.Identity())
     return logits.numpy(), targets.numpy()
+
+
+def features_of_films(
+    model: nn.Module,
+    paths: Sequence[str],
+    opener: OpenFilm,
+    device: torch.device,
+    config: TrainConfig,
+    advance: Callable[[], None],
+) -> np.ndarray:
+    """Return what the head of a network makes its logits of, (N, F) float32, for films as they are, not augmented."""
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(config, device))
+    model = model.to(device).eval()
+    found = []
+    for start in range(0, len(paths), config.batch_size):
+        films = torch.stack([opener.encodes(path) for path in paths[start : start + config.batch_size]]).to(device)
+        films = ((films.as_subclass(torch.Tensor) - mean) / std).to(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
+            found.append(model[1].pool(model[0](films)).float().cpu())  # type: ignore[index]
+        for _ in films:
+            advance()
+    model.cpu()
+    return torch.cat(found).numpy()

@@ -34,6 +34,7 @@ import pandas as pd
 from PIL import Image
 
 from cxr_fastai.console import QUIET, Console
+from cxr_fastai.engine import OnnxRuntime, usable_cores
 from cxr_fastai.errors import DataError
 from cxr_fastai.images import to_input
 from cxr_fastai.metrics import interval, patient_bootstrap
@@ -141,7 +142,6 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def randomised(predictor: Predictor, seed: int = 0) -> Predictor:
     """Return a Predictor of the same network whose weights, within each tensor, are in random order."""
     import onnx
-    import onnxruntime
 
     model, rng = onnx.load(predictor.path), np.random.default_rng(seed)
     for tensor in model.graph.initializer:
@@ -150,7 +150,7 @@ def randomised(predictor: Predictor, seed: int = 0) -> Predictor:
             shuffled = rng.permutation(values.ravel()).reshape(values.shape)
             tensor.CopyFrom(onnx.numpy_helper.from_array(shuffled, tensor.name))
     other = copy.copy(predictor)
-    other.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    other.engines = [OnnxRuntime(model.SerializeToString(), usable_cores())]
     return other
 
 

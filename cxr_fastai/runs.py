@@ -15,11 +15,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
-
-import pandas as pd
+from typing import IO, TYPE_CHECKING
 
 from cxr_fastai.errors import ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "densenet121-phantom.safetensors"
 MANIFEST = "manifest.json"
@@ -66,8 +67,10 @@ def safe_cell(value: object) -> object:
     return f"'{value}" if text else value
 
 
-def read_cells(path: str | Path | IO[str]) -> pd.DataFrame:
+def read_cells(path: str | Path | IO[str]) -> "pd.DataFrame":
     """Return a CSV file that was written with `safe_cell`, every cell as the text that it was made from."""
+    import pandas as pd  # a third of a second, which `predict` need not wait for
+
     cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="backslashreplace")
     return cells.replace(rf"^'(?=[{re.escape(FORMULA)}])", "", regex=True)
 

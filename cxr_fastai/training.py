@@ -27,17 +27,26 @@ from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm, read_films, without_unreadable
 from cxr_fastai.errors import UsageError
 from cxr_fastai.evaluate import measure, predict_table, predictions_csv
-from cxr_fastai.export import check_parity, export_learner, export_onnx
-from cxr_fastai.fitting import announce, build_learner, choose_device, choose_precision, fit, validate
+from cxr_fastai.export import check_parity, compare_precisions, export_learner, make_onnx, write_onnx
+from cxr_fastai.fitting import (
+    announce,
+    build_learner,
+    choose_device,
+    choose_precision,
+    features_of_films,
+    fit,
+    validate,
+)
 from cxr_fastai.grading import write_evidence
-from cxr_fastai.metrics import fit_temperature, youden_threshold
+from cxr_fastai.metrics import conformal_scores, fit_temperature, youden_threshold
 from cxr_fastai.model import LoadedWeights, body_and_head, cooled, ensemble
+from cxr_fastai.outliers import QUANTILE, fit_outliers, limit_of
 from cxr_fastai.predict import Prediction, Predictor, decide
 from cxr_fastai.runs import finish, new_run, read_cells, safe_cell, write_text
 from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, given_split, split_table
-from cxr_fastai.table import load_table, positive_class
+from cxr_fastai.table import load_table, positive_class, targets_of
 
-PARITY_FILMS = 64
+PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 64, 256, 2000
 AUTO_SEEDS = 3
 RECORDED_PACKAGES = (
     "fastai",
@@ -78,10 +87,7 @@ def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, A
         config = with_found_rate(config, table, opener, device, run, console)
     write_record(run, config, table, device)
     learn, card = train_folds(run, table, config, opener, device, console)
-    export_learner(learn, run / "learner.pkl")
-    export_onnx(learn, config.size, card, run / "model.onnx")
-    parity = check_parity(learn, run / "model.onnx", some_films(table, opener))
-    console.say(f"Exported learner.pkl and model.onnx; probabilities differ by at most {parity:.1e}")
+    export_both(run, learn, card, table, config, opener, device, console)
     metrics = test_and_report(run, table, config, console)
     if not config.keep_checkpoints:
         shutil.rmtree(run / "checkpoints")
@@ -264,6 +270,8 @@ def calibrate(
         "operating_point": {"rule": rule, "target": aim.get(rule)},
         "temperature": temperature,
         "bias": learn.model[1].linear.bias.detach().cpu().tolist(),
+        "conformal": conformal_scores(targets, p, multilabel),
+        "augment": config.augment,
         "arch": config.arch,
         "folds": config.folds,
         "size": config.size,
@@ -274,10 +282,42 @@ def calibrate(
     }, p
 
 
-def some_films(table: pd.DataFrame, opener: OpenFilm) -> np.ndarray:
-    """Return films outside of the test, validation's first, (N, size, size) float32 in [0, 1] as the network takes."""
-    order = table[table["split"] != "test"].sort_values("split", ascending=False, kind="stable")
-    return np.stack([opener.encodes(path)[0].numpy() for path in order["path"][:PARITY_FILMS]])
+def export_both(
+    run: Path,
+    learn: Learner,
+    card: dict[str, Any],
+    table: pd.DataFrame,
+    config: TrainConfig,
+    opener: OpenFilm,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Write learner.pkl and model.onnx, after finding what tells outliers and which precisions agree."""
+    # With folds no film is new to all networks: those that one in five did not learn from stand for new ones.
+    pool = table[table["split"] != "test"]
+    new = pool["fold"] == 1 if config.folds else pool["split"] == "valid"
+    learned, held_out = pool[~new], pool[new]
+    learned = learned.sample(min(len(learned), OUTLIER_FILMS), random_state=config.seed)
+    held_out = held_out.sample(min(len(held_out), OUTLIER_FILMS), random_state=config.seed)
+    with console.progress("Learning what outliers are", len(learned) + len(held_out)) as advance:
+        learned_features = features_of_films(learn.model, learned["path"].tolist(), opener, device, config, advance)
+        outliers = fit_outliers(learned_features)
+        new_features = features_of_films(learn.model, held_out["path"].tolist(), opener, device, config, advance)
+    card["outliers"] = {"limit": limit_of(outliers.distance(new_features)), "quantile": QUANTILE, "films": len(learned)}
+    export_learner(learn, run / "learner.pkl")
+    model = make_onnx(learn, config.size, card["task"], outliers)
+    some = held_out[:PRECISION_FILMS]
+    films = np.stack([opener.encodes(path)[0].numpy() for path in some["path"]])
+    truth = targets_of(some, card["classes"])
+    card["precision"] = compare_precisions(model.SerializeToString(), films, truth)
+    write_onnx(model, card, run / "model.onnx")
+    parity = check_parity(learn, run / "model.onnx", films[:PARITY_FILMS])
+    half = card["precision"]["bf16"]
+    console.say(
+        f"Exported learner.pkl and model.onnx; probabilities differ by at most {parity:.1e}; bf16 in predict: "
+        + half.get("reason", f"{'yes' if half['passed'] else 'no'}, "
+                   f"differs by at most {half.get('largest_difference', 0):.1e}")
+    )  # fmt: skip
 
 
 def test_and_report(run: Path, table: pd.DataFrame, config: TrainConfig, console: Console) -> dict[str, Any]:

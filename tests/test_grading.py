@@ -202,7 +202,11 @@ def test_rank_correlation_sees_order_only() -> None:
 def test_random_weights_are_the_same_numbers_in_another_order(tmp_path: Path) -> None:
     names = [f"c{i}" for i in range(20)]
     path = save_bright_model(
-        tmp_path / "m.onnx", {name: float(i) for i, name in enumerate(names)}, task="multilabel", positive=None
+        tmp_path / "m.onnx",
+        {name: float(i) for i, name in enumerate(names)},
+        task="multilabel",
+        positive=None,
+        threshold=dict.fromkeys(names, 0.5),
     )
     before, predictor = path.read_bytes(), Predictor(path)
     film = np.ones((1, SIZE, SIZE), np.float32)

@@ -43,6 +43,7 @@ def test_the_row_is_the_contract(finished: Path, films: Path) -> None:
     row = next(Predictor(finished).predict([str(next(films.rglob("*.png")))])).to_dict()
     assert list(row) == [
         "path", "label", "probability", "probabilities", "threshold", "flags", "error", "seconds", "frame",
+        "unlike", "spread", "set",
     ]  # fmt: skip
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-6)
     assert row["probability"] == row["probabilities"]["abnormal"]

@@ -67,6 +67,7 @@ FLAGS: Mapping[str, str] = MappingProxyType(
         "body-part": "the header names a part of the body that is not the chest",
         "lateral": "the header says that this is not a frontal view",
         "burned-in-annotation": "the header says that text is burned into the pixels",
+        "unlike-training": "it is unlike the films that the model learned from, or no chest film at all",
         "window-ignored": "the header's display window makes no sense and was left out",
     }
 )

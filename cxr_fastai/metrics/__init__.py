@@ -12,6 +12,7 @@ from cxr_fastai.metrics.bootstrap import (
     resample_weights,
 )
 from cxr_fastai.metrics.compare import compare, delong
+from cxr_fastai.metrics.conformal import conformal_scores, prediction_set
 from cxr_fastai.metrics.evaluation import METRICS, evaluate_predictions, predictive_values
 from cxr_fastai.metrics.operating import fit_temperature, youden_threshold
 from cxr_fastai.metrics.scores import (
@@ -32,6 +33,7 @@ __all__ = [
     "brier",
     "calibration_interval",
     "compare",
+    "conformal_scores",
     "confusion",
     "delong",
     "evaluate_predictions",
@@ -39,6 +41,7 @@ __all__ = [
     "fit_temperature",
     "interval",
     "patient_bootstrap",
+    "prediction_set",
     "predictive_values",
     "rates",
     "reliability",
