@@ -6,9 +6,7 @@ nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not sta
 
 import dataclasses
 import io
-import json
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cxr_fastai import __version__
+from cxr_fastai.cli_predict import print_json, receiver
 from cxr_fastai.config import (
     ARCHITECTURES,
     DEVICES,
@@ -24,12 +23,9 @@ from cxr_fastai.config import (
     TASKS,
     UNCERTAIN,
     GenerateConfig,
-    Limits,
     TrainConfig,
-    require,
 )
 from cxr_fastai.errors import CxrError, UsageError
-from cxr_fastai.runs import atomic_path, write_text
 
 app = typer.Typer(
     name="cxr",
@@ -41,6 +37,7 @@ app = typer.Typer(
     help="Turn folders of chest radiographs (or none: it makes synthetic ones) into a classifier that can be trusted, "
     "explained and handed over. Start with: [bold]python cli.py train[/bold]. Research software, not a medical device.",
 )
+app.add_typer(receiver)
 DEFAULT_DATA = TrainConfig.data
 DEBUG = "--debug"
 
@@ -442,95 +439,6 @@ def evaluate(
         print_json(metrics)
     if metrics["errors"]:
         raise typer.Exit(1)
-
-
-@app.command()
-def predict(
-    images: Annotated[
-        list[str],
-        typer.Argument(help="Films: files, folders, globs, .zip archives, or - for a list on standard input."),
-    ],
-    model: Annotated[str, typer.Option(help="Run folder or .onnx file.")] = "exports/latest",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a film on standard output.")] = False,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file, too.")] = None,
-    evidence: Annotated[
-        Path | None, typer.Option(help="Write each film with its evidence laid over it into this folder.")
-    ] = None,
-    frames: Annotated[str, typer.Option(help="Of a file with several frames: first, or all, a row each.")] = "first",
-    max_pixels: Annotated[int, typer.Option(help="Refuse films with more pixels.", min=1)] = Limits.max_pixels,
-    max_mb: Annotated[float, typer.Option(help="Refuse files with more megabytes.", min=0)] = Limits.max_bytes / 2**20,
-    max_seconds: Annotated[
-        float, typer.Option(help="Refuse files that take longer to read.", min=0)
-    ] = Limits.max_seconds,
-) -> None:
-    """Classify films with a trained model; every film gets a row. Needs no torch and no GPU."""
-    from cxr_fastai.console import Console
-    from cxr_fastai.inputs import find_inputs
-    from cxr_fastai.predict import Predictor, rows_to_csv
-
-    require(frames in ("first", "all"), "--frames", frames, "first or all")
-    console = Console(machine=as_json)
-    predictor = Predictor(model)
-    films = find_inputs(images)
-    limits = Limits(max_pixels, int(max_mb * 2**20), max_seconds)
-    rows: list[Any] = []
-    with console.progress("Reading films", len(films)) as advance:
-        for row in predictor.predict(
-            films, limits=limits, all_frames=frames == "all", keep_pixels=evidence is not None
-        ):
-            if row.frame is None:
-                advance()
-            if as_json:
-                print(row.to_json(), flush=True)  # noqa: T201
-            if evidence is not None and row.error is None:
-                save_overlay(predictor, row, evidence / f"{len(rows) + 1:06d}-{safe_stem(row.path)}.png")
-            rows.append(row.without_arrays())
-    if csv_file is not None:
-        write_text(csv_file, rows_to_csv(rows, predictor.classes))
-        console.say(f"{csv_file}: {len(rows)} rows")
-    if not as_json:
-        show_predictions(rows, console)
-    if any(row.error for row in rows):
-        raise typer.Exit(1)
-
-
-def safe_stem(path: str) -> str:
-    """Return the name of a film as a file name that every system and terminal takes."""
-    return re.sub(r"[^\w.-]", "_", Path(path).stem.encode("ascii", "replace").decode())[:80]
-
-
-def save_overlay(predictor: Any, row: Any, path: Path) -> None:
-    """Write the film of a row with its evidence laid over it as a PNG."""
-    from PIL import Image
-
-    from cxr_fastai.predict import overlay
-
-    with atomic_path(path) as temporary:
-        Image.fromarray(overlay(row.pixels, predictor.evidence_shown(row))).save(temporary, "PNG")
-
-
-def show_predictions(rows: list[Any], console: Any) -> None:
-    """Print the rows as a table for people, names escaped."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from cxr_fastai.images import printable
-
-    table = Table()
-    for head in ("film", "class", "probability", "threshold", "remarks"):
-        table.add_column(head, justify="right" if head in ("probability", "threshold") else "left", overflow="fold")
-    for row in rows:
-        threshold = f"{row.threshold:.3f}" if isinstance(row.threshold, float) else "-"
-        verdict = ["-", "-", "-"] if row.error else [row.label or "no finding", f"{row.probability:.3f}", threshold]
-        table.add_row(
-            escape(printable(row.path)), *(escape(v) for v in verdict), escape(row.error or " ".join(row.flags))
-        )
-    console.rich.print(table)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object as the last line of standard output."""
-    print(json.dumps(value))  # noqa: T201
 
 
 def main() -> None:
