@@ -5,6 +5,7 @@ Each film is an `Input`: the name that its row carries, and how to read it. Noth
 
 import glob
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cxr_fastai.errors import UnreadableImage, UsageError
-from cxr_fastai.images import IMAGE_SUFFIXES, Film, Limits, films_below, read_film
+from cxr_fastai.images import IMAGE_SUFFIXES, Film, Limits, films_below, read_bytes, read_film
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,26 @@ class Input:
         UnreadableImage
             Where it cannot be read; a member larger than the limit is refused before it is unpacked.
         """
+        return read_film(self.path if self.member is None else self.read_bytes(limits), limits, frame)
+
+    def read_bytes(self, limits: Limits) -> bytes:
+        """Return the bytes of the file or member, whatever they hold.
+
+        Raises
+        ------
+        UnreadableImage
+            Where there are more than the limit, or they cannot be read.
+        """
         if self.archive is None or self.member is None:
-            return read_film(self.path, limits, frame)
+            return read_bytes(self.path, limits)
         if self.member.file_size > limits.max_bytes:
             raise UnreadableImage(f"{self.member.file_size:,} bytes are more than the {limits.max_bytes:,} allowed")
         try:
             with self.archive.open(self.member) as stream:
-                data = stream.read(limits.max_bytes + 1)
+                return stream.read(limits.max_bytes + 1)
         except Exception as error:  # noqa: BLE001 (the decompressors have error classes of their own)
             reason = "encrypted" if self.member.flag_bits & 1 else f"damaged in its archive ({type(error).__name__})"
             raise UnreadableImage(f"it is {reason}; unpack it first, or make the archive again") from None
-        return read_film(data, limits, frame)
 
 
 def find_inputs(given: Sequence[str]) -> list[Input]:
@@ -69,6 +79,11 @@ def find_inputs(given: Sequence[str]) -> list[Input]:
         for film in films:
             found.setdefault(film.path, film)
     return list(found.values())
+
+
+def safe_stem(path: str) -> str:
+    """Return the name of a film as a file name that every system and terminal takes."""
+    return re.sub(r"[^\w.-]", "_", Path(path).stem.encode("ascii", "replace").decode())[:80]
 
 
 def _expand(name: str) -> Iterator[Input]:
