@@ -459,6 +459,14 @@ def main() -> None:
         # The reader of our output (head, say) has gone; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except ModuleNotFoundError as error:
+        if DEBUG in sys.argv or (error.name or "").startswith("cxr_fastai"):
+            raise
+        code = fail(
+            f"{error.name} is not installed: this is the slim install, for predict, inspect and serve; for the rest "
+            "install everything (pip install .)",
+            2,
+        )
     except Exception as error:
         # typer's usage errors: their class is its own in some versions and click's in others
         if not hasattr(error, "format_message"):
