@@ -1,7 +1,8 @@
 """The commands for the one who receives a model: predict, inspect, serve. None of them needs torch for a model.onnx."""
 
+import itertools
 import json
-import re
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,13 +14,16 @@ import typer
 from cxr_fastai.config import PREDICT_PRECISIONS, Limits, require
 from cxr_fastai.errors import UsageError
 from cxr_fastai.runs import atomic_path
+from cxr_fastai.serving import ServeConfig
 
 receiver = typer.Typer()
+PICKLES = (".pkl", ".pth", ".pickle")
+MODEL_SUFFIXES = (*PICKLES, ".onnx")
 SHOWN = 40  # rows that people are shown; of more, a count
 
 Model = Annotated[
     list[str] | None,
-    typer.Option(help="Run folder or .onnx file; repeated, the mean of several. Default: exports/latest."),
+    typer.Option(help="Run folder, .onnx or fastai export; repeated, the mean of several. Default: exports/latest."),
 ]
 Precision = Annotated[
     str, typer.Option(help=f"Arithmetic: {', '.join(PREDICT_PRECISIONS)}; auto is the fastest that agrees.")
@@ -49,6 +53,13 @@ def predict(
     evidence: Annotated[
         Path | None, typer.Option(help="Write each film with its evidence laid over it into this folder.")
     ] = None,
+    dicom: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a DICOM Secondary Capture with the evidence and a Structured Report of each film into this "
+            "folder; research, not for clinical use."
+        ),
+    ] = None,
     coverage: Annotated[
         float | None,
         typer.Option(help="Give the set of classes that holds the truth so often, such as 0.9."),
@@ -60,6 +71,10 @@ def predict(
     ] = True,
     precision: Precision = "auto",
     frames: Annotated[str, typer.Option(help="Of a file with several frames: first, or all, a row each.")] = "first",
+    unsafe_unpickle: Annotated[
+        bool,
+        typer.Option("--unsafe-unpickle", help="Unpickle a .pkl, which runs whatever code is inside; only your own."),
+    ] = False,
     max_pixels: MaxPixels = Limits.max_pixels,
     max_mb: MaxMb = Limits.max_bytes / 2**20,
     max_seconds: MaxSeconds = Limits.max_seconds,
@@ -73,14 +88,14 @@ def predict(
     if resume and frames == "all":
         raise UsageError("--resume cannot count films where each frame is a row; leave out --frames all")
     from cxr_fastai.console import Console
-    from cxr_fastai.inputs import find_inputs
+    from cxr_fastai.inputs import find_inputs, safe_stem
     from cxr_fastai.output import Journal, check_format
-    from cxr_fastai.predict import Predictor
 
     if out is not None:
         check_format(out)
     console = Console(machine=as_json)
-    predictor = Predictor(model or ["exports/latest"], precision=precision)
+    models, images = models_among(model, images)
+    predictor = open_predictor(models, precision, unsafe_unpickle)
     films = find_inputs(images)
     limits = Limits(max_pixels, int(max_mb * 2**20), max_seconds)
     asked: dict[str, Any] = {"abstain": abstain, "tta": tta, "coverage": coverage}
@@ -94,9 +109,9 @@ def predict(
     done = journal.done if journal else 0
     for earlier in journal.rows() if journal and done else ():
         tally.add(earlier, as_json)
-    rows = predictor.predict(
-        films[done:], limits=limits, all_frames=frames == "all", keep_pixels=evidence is not None, **asked
-    )
+    keep = evidence is not None or dicom is not None
+    rows = predictor.predict(films[done:], limits=limits, all_frames=frames == "all", keep_pixels=keep, **asked)
+    sources = {film.path: film for film in films}
     with console.progress("Reading films", len(films)) as advance, journal or nullcontext():
         for _ in range(done):
             advance()
@@ -105,6 +120,8 @@ def predict(
                 advance()
             if evidence is not None and row.evidence is not None:
                 save_overlay(predictor, row, evidence / f"{tally.n + 1:06d}-{safe_stem(row.path)}.png")
+            if dicom is not None:
+                save_dicom(predictor, row, sources[row.path], limits, dicom, tally.n + 1)
             if journal:
                 journal.write(row)
             tally.add(row.to_dict(), as_json)
@@ -115,6 +132,35 @@ def predict(
         tally.show(console)
     if tally.errors:
         raise typer.Exit(1)
+
+
+def models_among(named: list[str] | None, images: list[str]) -> tuple[list[str], list[str]]:
+    """Return models and films: without --model, model files before the films are meant, as in `predict m.pkl a.png`."""
+    if named:
+        return named, images
+    models = list(itertools.takewhile(lambda name: Path(name).suffix.lower() in MODEL_SUFFIXES, images))
+    if models and len(models) == len(images):
+        raise UsageError(f"{models[0]} is a model, but no film is named after it; give image files, folders or globs")
+    return models or ["exports/latest"], images[len(models) :]
+
+
+def open_predictor(models: list[str], precision: str, unsafe: bool = False) -> Any:
+    """Return the Predictor of model.onnx files or run folders, or of one fastai export, which alone needs torch."""
+    exports = [name for name in models if Path(name).suffix.lower() in PICKLES]
+    if not exports:
+        from cxr_fastai.predict import Predictor
+
+        require(not unsafe, "--unsafe-unpickle", "given", "used with a .pkl model")
+        return Predictor(models, precision=precision)
+    if len(models) > 1:
+        raise UsageError(f"--model {exports[0]}: only model.onnx files and run folders can be averaged")
+    try:
+        from cxr_fastai.predict_export import ExportPredictor, UnpickledPredictor
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{exports[0]} is a fastai export, which needs {error.name}; use its model.onnx, or install everything"
+        ) from None
+    return UnpickledPredictor(exports[0]) if unsafe else ExportPredictor(exports[0], precision=precision)
 
 
 class Tally:
@@ -187,11 +233,84 @@ def save_overlay(predictor: Any, row: Any, path: Path) -> None:
         Image.fromarray(overlay(row.pixels, predictor.evidence_shown(row))).save(temporary, "PNG")
 
 
-def safe_stem(path: str) -> str:
-    """Return the name of a film as a file name that every system and terminal takes."""
-    return re.sub(r"[^\w.-]", "_", Path(path).stem.encode("ascii", "replace").decode())[:80]
+def save_dicom(predictor: Any, row: Any, source: Any, limits: Limits, folder: Path, number: int) -> None:
+    """Write the picture and the report of a row as DICOM objects; nothing for a film that could not be read."""
+    from cxr_fastai.dicom_out import write_dicom
+
+    if row.error is None:
+        shown = None if row.evidence is None else predictor.evidence_shown(row)
+        write_dicom(row, shown, source.read_bytes(limits), predictor.card, folder, number)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object as the last line of standard output."""
     print(json.dumps(value))  # noqa: T201
+
+
+@receiver.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="model.onnx, a fastai export (.pkl), .pth or .safetensors.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")] = False,
+) -> None:
+    """Show what a model file holds, and what it would run if it were unpickled. Nothing of it is run."""
+    from cxr_fastai.console import Console
+    from cxr_fastai.inert.describe import describe
+
+    found = describe(file)
+    show_facts(found, Console(machine=as_json))
+    if as_json:
+        print_json(found)
+    if found["problem"]:
+        raise typer.Exit(1)
+
+
+def show_facts(facts: dict[str, Any], console: Any, indent: str = "") -> None:
+    """Print what is known of a model file, a line each, names escaped."""
+    from cxr_fastai.images import printable
+
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            console.say(f"{indent}{key}:")
+            show_facts(value, console, indent + "  ")
+        elif value not in (None, [], {}):
+            told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            console.say(f"{indent}{key}: {printable(told)}")
+
+
+@receiver.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Run folder or .onnx file.")] = ServeConfig.model,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine a token is asked for (CXR_TOKEN sets it).")
+    ] = ServeConfig.host,
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = ServeConfig.port,
+    workers: Annotated[int | None, typer.Option(help="Processes that read and classify; else one a core.")] = None,
+    max_mb: Annotated[float, typer.Option(help="Of a request's body.", rich_help_panel="Limits")] = ServeConfig.max_mb,
+    max_files: Annotated[int, typer.Option(help="Of one request.", rich_help_panel="Limits")] = ServeConfig.max_files,
+    queue: Annotated[
+        int, typer.Option(help="Films that wait at a time, before clients are sent away.", rich_help_panel="Limits")
+    ] = ServeConfig.queue,
+    header_seconds: Annotated[
+        float, typer.Option(help="Until a request's head must be there.", rich_help_panel="Limits")
+    ] = ServeConfig.header_seconds,
+    body_seconds: Annotated[
+        float, typer.Option(help="Until its body must be there.", rich_help_panel="Limits")
+    ] = ServeConfig.body_seconds,
+    predict_seconds: Annotated[
+        float, typer.Option(help="For one film.", rich_help_panel="Limits")
+    ] = ServeConfig.predict_seconds,
+    max_pixels: MaxPixels = ServeConfig.max_pixels,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Address as JSON on standard output once the server is ready.")
+    ] = False,
+) -> None:
+    """Open a page on which films are dropped, and a REST service (POST /predict), for this machine alone."""
+    config = ServeConfig(
+        model=model, host=host, port=port, workers=workers, max_mb=max_mb, max_files=max_files, queue=queue,
+        header_seconds=header_seconds, body_seconds=body_seconds, predict_seconds=predict_seconds,
+        max_pixels=max_pixels, token=os.environ.get("CXR_TOKEN"),
+    )  # fmt: skip
+    from cxr_fastai.console import Console
+    from cxr_fastai.serving.server import run_server
+
+    run_server(config, Console(machine=as_json), print_json if as_json else lambda facts: None)

@@ -37,7 +37,7 @@ def film(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verb", ["generate", "train", "lr-find", "evaluate", "predict"])
+@pytest.mark.parametrize("verb", ["generate", "train", "lr-find", "evaluate", "predict", "inspect", "serve"])
 def test_help_names_every_option_with_its_default(cxr, verb: str) -> None:
     code, out, _ = cxr(verb, "--help")
     assert code == 0
@@ -62,6 +62,15 @@ def test_version(cxr) -> None:
         (("generate", "--n", "0"), "--n is 0"),
         (("predikt",), "No such command 'predikt'"),
         (("predict",), "Missing argument"),
+        (("predict", "x.png", "--resume"), "--resume goes on with a file: name the same --out as before"),
+        (("predict", "x.png", "--coverage", "1.5"), "--coverage is 1.5, but must be a share above 0 and below 1"),
+        (("predict", "x.png", "--precision", "int8"), "--precision is int8, but must be one of auto, fp32, bf16"),
+        (("predict", "x.png", "--out", "rows.xlsx"), "--out is rows.xlsx, but must end in .csv, .jsonl, .parquet"),
+        (("predict", "learner.pkl"), "learner.pkl is a model, but no film is named after it"),
+        (("predict", "a.pkl", "b.pkl", "x.png"), "only model.onnx files and run folders can be averaged"),
+        (("inspect", "no-such.onnx"), "no-such.onnx"),
+        (("serve", "--model", "no/model"), "no/model: no run there; train one first"),
+        (("serve", "--port", "99999"), "--port is 99999, but must be from 0 (any free one) to 65535"),
     ],
 )
 def test_what_cannot_start_says_so_in_one_line_and_ends_with_2(cxr, args: tuple[str, ...], message: str) -> None:
@@ -135,6 +144,65 @@ def test_predict_writes_csv_and_evidence(cxr, finished, films: Path, tmp_path: P
     with Image.open(next((tmp_path / "e").iterdir())) as picture:
         assert picture.size == (64, 64)
     assert "\x1b" not in out  # no control characters without a terminal
+
+
+def told(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_stopped_run_goes_on_and_ends_as_the_unbroken_one(cxr, finished, films: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"x")
+    paths = [*sorted((films / "normal").iterdir()), tmp_path / "bad.png"]
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    asked = ("predict", *paths, "--model", finished, "--no-abstain")
+    assert cxr(*asked, "--out", whole)[0] == 1
+    # What a kill leaves: the journal with some rows, the last one cut.
+    journal = tmp_path / "broken.jsonl.part"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cxr_fastai.output.Journal.finish", lambda self, card: None)
+        cxr(*asked, "--out", broken)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:12]) + lines[12][:30])
+    code, out, _ = cxr(*asked, "--out", broken, "--resume")
+    assert code == 1
+    assert "11 of 31 films were done before" in out
+    assert told(broken) == told(whole)
+    assert not journal.exists()
+
+
+def test_many_rows_are_counted_instead_of_shown(cxr, finished, films: Path) -> None:
+    code, out, _ = cxr("predict", films, "--model", finished, "--no-abstain")
+    assert code == 0
+    counts = [int(line.split("│")[2]) for line in out.splitlines() if line.startswith("│")]
+    assert sum(counts) == 60
+    assert "Each film: --json, or --out FILE" in out
+
+
+def test_a_fastai_export_predicts_without_being_unpickled(cxr, finished, films: Path) -> None:
+    film = next(films.rglob("*.png"))
+    answers = [
+        json.loads(cxr("predict", *given, "--json", "--no-abstain")[1].splitlines()[-1])
+        for given in (
+            (finished / "learner.pkl", film),
+            (film, "--model", finished, "--precision", "fp32"),
+            (film, "--model", finished / "learner.pkl", "--unsafe-unpickle"),
+        )
+    ]
+    assert answers[1]["probability"] == pytest.approx(answers[0]["probability"], abs=1e-5)
+    assert answers[2]["probability"] == pytest.approx(answers[0]["probability"], abs=1e-5)
+    assert answers[0]["threshold"] == answers[1]["threshold"]
+
+
+def test_inspect_tells_what_is_in_a_model(cxr, finished) -> None:
+    code, out, _ = cxr("inspect", finished / "learner.pkl", "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert found["classes"] == ["abnormal", "normal"]
+    assert found["calls"]["others"] == []
+    code, out, _ = cxr("inspect", finished / "model.onnx")
+    assert code == 0
+    assert "classes: abnormal, normal" in out
 
 
 def test_evaluate_repeats_the_runs_own_figures(cxr, finished) -> None:
