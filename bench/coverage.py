@@ -1,6 +1,6 @@
 """How often the 95 % intervals cover the truth: simulated studies whose population values are known.
 
-    python bench/coverage.py [--studies 500] [--boot 1000] [--seed 0]
+    python bench/coverage.py [--studies 2000] [--boot 1000] [--seed 0]
 
 A study is 60 or 200 patients of one to four films each (about 150 or 500 films); the label belongs to the patient, and
 films of one patient share half of the variance of their score, so that an interval over films would be too narrow. The
@@ -43,7 +43,7 @@ def measure(sample: tuple[np.ndarray, ...], boot: int, seed: int) -> np.ndarray:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=500)
+    parser.add_argument("--studies", type=int, default=2000)
     parser.add_argument("--boot", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()

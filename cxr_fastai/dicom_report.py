@@ -19,7 +19,7 @@ passed its threshold stands under Finding, so that nobody takes a probability of
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai import __version__
@@ -57,7 +57,9 @@ OF_CLASS = ("246090004", "SCT", "Associated finding")
 SAID_OF_MODEL = ("arch", "size", "task", "positive", "temperature")
 
 
-def report(row: Prediction, origin: "Origin", card: dict[str, Any], picture: Any, number: int) -> Any:
+def report(
+    row: Prediction, origin: "Origin", card: dict[str, Any], fingerprints: Sequence[str], picture: Any, number: int
+) -> Any:
     """Return the report of a row as an Enhanced SR, filed as `origin` says, referring to the film and the picture."""
     import highdicom
     from highdicom import sr

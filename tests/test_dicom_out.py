@@ -148,6 +148,16 @@ def test_probabilities_threshold_and_verdict(tmp_path: Path) -> None:
     assert report.CodingSchemeIdentificationSequence[0].CodingSchemeDesignator == SCHEME
 
 
+def test_the_model_files_are_named_by_their_sha_256(tmp_path: Path) -> None:
+    for fingerprints, said in ((["ab" * 32], []), (["ab" * 32, "cd" * 32], ["mean of 2 models, the first one's card:"])):
+        _, report = write_dicom(ILL, MAP, None, BINARY, tmp_path, 1, fingerprints)
+        told = values(pydicom.dcmread(report), "Algorithm Parameters")
+        assert told[: len(told) // 2] == [  # of the film's group; the finding's has them once more
+            *(f"model SHA-256 {sha}" for sha in fingerprints), *said, "arch: densenet121", "size: 224", "task: binary",
+            "positive: abnormal", "trained on 60 films, fingerprint ab12",
+        ]  # fmt: skip
+
+
 def test_only_what_passed_its_threshold_is_a_finding(tmp_path: Path) -> None:
     p = {"Effusion": 0.31, "Hernia": 0.49}
     row = Prediction("a.png", "Effusion", 0.49, p, MULTI["threshold"], pixels=PIXELS)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "fastai", "sklearn", "matplotlib", "onnx", "pydicom", "scipy")
+HEAVY = ("torch", "torchvision", "fastai", "sklearn", "matplotlib", "onnx", "pydicom", "scipy", "pandas")
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -15,7 +15,10 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "errors", "runs", "images", "predict", "console"])
+LIGHT = ("cli", "config", "errors", "runs", "images", "predict", "console", "inert", "serving", "output")
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_rooms_import_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import cxr_fastai.{module}") == set()
 

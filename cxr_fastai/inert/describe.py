@@ -137,7 +137,7 @@ def _of_archive(path: Path, data: bytes) -> dict[str, Any]:
         root = walk(machine)
         if isinstance(root, Mapping):
             return {**found, "kind": "a state dict", "tensors": _tensors(root)}
-        found["kind"] = f"an object of {shown(root)}"
+        found["kind"] = f"a file of torch's that holds {shown(root)}"
         export = export_of(path, members)
     except ModelFileError as error:
         return {**found, "problem": str(error)}
