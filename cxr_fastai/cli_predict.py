@@ -239,7 +239,9 @@ def save_dicom(predictor: Any, row: Any, source: Any, limits: Limits, folder: Pa
 
     if row.error is None:
         shown = None if row.evidence is None else predictor.evidence_shown(row)
-        write_dicom(row, shown, source.read_bytes(limits), predictor.card, folder, number)
+        write_dicom(
+            row, shown, source.read_bytes(limits), predictor.card, folder, number, predictor.fingerprints
+        )
 
 
 def print_json(value: dict[str, Any]) -> None:

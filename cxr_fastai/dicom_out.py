@@ -10,6 +10,7 @@ are research, not for clinical use; the picture has it burned in.
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,13 @@ class Origin:
 
 
 def write_dicom(
-    row: Prediction, shown: np.ndarray | None, source: bytes | None, card: dict[str, Any], folder: Path, number: int
+    row: Prediction,
+    shown: np.ndarray | None,
+    source: bytes | None,
+    card: dict[str, Any],
+    folder: Path,
+    number: int,
+    fingerprints: Sequence[str] = (),
 ) -> list[Path]:
     """Write the Secondary Capture and the Structured Report of one film.
 
@@ -91,6 +98,8 @@ def write_dicom(
         Made if missing.
     number
         Of the film in its run, from 1 on; the names of the files begin with it.
+    fingerprints
+        SHA-256 of each model file; see `Predictor.fingerprints`.
 
     Returns
     -------
@@ -112,7 +121,7 @@ def write_dicom(
         origin = origin_of(source, row)
         try:
             picture = capture(row, shown, origin, number)
-            objects = [picture, report(row, origin, card, picture, number)]
+            objects = [picture, report(row, origin, card, fingerprints, picture, number)]
         except Exception as error:  # many kinds; their text may quote the header, and so the patient
             kind = type(error).__name__
             raise CxrError(f"{paths[0]}: no DICOM can be made of this film ({kind}); leave it out") from error

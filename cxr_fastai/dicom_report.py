@@ -76,7 +76,7 @@ def report(
             observer_device_context=sr.ObserverContext(codes.DCM.Device, device)  # type: ignore[arg-type]
         ),
         procedure_reported=codes.DCM.RadiographicImaging,  # type: ignore[arg-type]
-        imaging_measurements=list(groups(row, origin, card)),
+        imaging_measurements=list(groups(row, origin, card, fingerprints)),
     )
     content[0].ContentSequence.extend(_remarks(row, picture))
     series, description = SERIES["sr"]
@@ -96,19 +96,22 @@ def report(
     return made
 
 
-def groups(row: Prediction, origin: "Origin", card: dict[str, Any]) -> Iterator[Any]:
+def groups(
+    row: Prediction, origin: "Origin", card: dict[str, Any], fingerprints: Sequence[str] = ()
+) -> Iterator[Any]:
     """Yield the measurement groups (TID 1501) of a row: the film with all numbers, then each finding."""
     said = row.label or ""
     findings = [name for name in (said.split("|") if card["task"] == "multilabel" else [said]) if name]
     nothing = NO_VERDICT if row.label is None else NO_FINDING
     verdict = None if findings else nothing
-    yield _group("cxr_fastai film", None, verdict, list(_numbers(row, card)), origin, card)
+    model = list(_parameters(card, fingerprints))
+    yield _group("cxr_fastai film", None, verdict, list(_numbers(row, card)), origin, model)
     for name in findings:
-        yield _group(f"cxr_fastai finding {_clean(name)}"[:64], class_code(name), FOUND, [], origin, card)
+        yield _group(f"cxr_fastai finding {_clean(name)}"[:64], class_code(name), FOUND, [], origin, model)
 
 
 def _group(
-    tracked: str, finding: Any, verdict: Any, numbers: list[Any], origin: "Origin", card: dict[str, Any]
+    tracked: str, finding: Any, verdict: Any, numbers: list[Any], origin: "Origin", model: list[str]
 ) -> Any:
     from highdicom import sr
 
@@ -122,7 +125,7 @@ def _group(
         tracking_identifier=sr.TrackingIdentifier(identifier=tracked),
         finding_type=finding and _concept(finding),
         algorithm_id=sr.AlgorithmIdentification(
-            name="cxr_fastai", version=__version__, manufacturer="cxr_fastai", parameters=list(_parameters(card))
+            name="cxr_fastai", version=__version__, manufacturer="cxr_fastai", parameters=model
         ),
         measurements=numbers or None,
         qualitative_evaluations=[sr.QualitativeEvaluation(_concept(VERDICT), _concept(verdict))] if verdict else None,
@@ -130,7 +133,11 @@ def _group(
     )
 
 
-def _parameters(card: dict[str, Any]) -> Iterator[str]:
+def _parameters(card: dict[str, Any], fingerprints: Sequence[str]) -> Iterator[str]:
+    for sha256 in fingerprints:
+        yield f"model SHA-256 {sha256}"
+    if len(fingerprints) > 1:
+        yield f"mean of {len(fingerprints)} models, the first one's card:"
     for key in SAID_OF_MODEL:
         if card.get(key) is not None:
             yield _clean(f"{key}: {card[key]}")

@@ -1,6 +1,7 @@
 """Facts about the DICOM that `predict --dicom` writes: whom and what it refers to, what it says, what it never says."""
 
 import dataclasses
+import hashlib
 import json
 import struct
 import subprocess
@@ -149,7 +150,8 @@ def test_probabilities_threshold_and_verdict(tmp_path: Path) -> None:
 
 
 def test_the_model_files_are_named_by_their_sha_256(tmp_path: Path) -> None:
-    for fingerprints, said in ((["ab" * 32], []), (["ab" * 32, "cd" * 32], ["mean of 2 models, the first one's card:"])):
+    first, second = "ab" * 32, "cd" * 32
+    for fingerprints, said in (([first], []), ([first, second], ["mean of 2 models, the first one's card:"])):
         _, report = write_dicom(ILL, MAP, None, BINARY, tmp_path, 1, fingerprints)
         told = values(pydicom.dcmread(report), "Algorithm Parameters")
         assert told[: len(told) // 2] == [  # of the film's group; the finding's has them once more
@@ -409,6 +411,8 @@ def test_predict_writes_a_pair_for_each_film_that_can_be_read(tmp_path: Path, fi
         said = {code: p for p, code in values(report, "Probability by the model")}
         assert said["263654008"] == pytest.approx(row["probabilities"]["abnormal"], rel=1e-7)
         assert report.StudyInstanceUID == STUDY
+        sha = hashlib.sha256((finished / "model.onnx").read_bytes()).hexdigest()
+        assert f"model SHA-256 {sha}" in values(report, "Algorithm Parameters")
 
 
 @pytest.mark.skipif(not (SHARED / "data/real-cxr/dicom").is_dir(), reason="the shared films are not here")
