@@ -138,6 +138,7 @@ def test_it_works_by_keyboard(page: Page, film: Path) -> None:
     page.run("document.querySelector('.entry .film').focus()")
     page.press("Enter", 13)
     assert page.run("$('large').open")
+    assert "Not a medical device" in page.run("$('large').innerText")  # it covers the one on top
     page.press("Escape", 27)
     assert page.run("!$('large').open && document.activeElement.className") == "film"
 
