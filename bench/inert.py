@@ -31,13 +31,14 @@ from hostile_pickles import Watch, archives, pickles, pieces
 
 from cxr_fastai.errors import ModelFileError
 from cxr_fastai.inert import read_export
-from cxr_fastai.inert.archive import members_of, read_file
+from cxr_fastai.inert.archive import members_of
 from cxr_fastai.inert.export import export_of, storages_of
 from cxr_fastai.inert.instructions import walk
 from cxr_fastai.inert.learner import read_learner
 from cxr_fastai.inert.machine import Machine
 from cxr_fastai.inert.names import refuse_attacks
 from cxr_fastai.inert.network import architecture_of, layers_of
+from cxr_fastai.modelfile import read_file
 
 MAX_SECONDS, MAX_MB, MAX_LOGIT = 1.0, 600.0, 1e-6
 SMALL = {"data.pkl": b"\x80\x02]q\x00.", "byteorder": b"little", "data/0": b"12345678", "version": b"3\n"}

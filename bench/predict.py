@@ -29,9 +29,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from cxr_fastai.config import GenerateConfig
+from cxr_fastai.config import GenerateConfig, usable_cores
 from cxr_fastai.console import Console
-from cxr_fastai.engine import usable_cores
 from cxr_fastai.images import read_radiograph, to_input
 from cxr_fastai.modelfile import read_model
 from cxr_fastai.phantom import generate
@@ -91,7 +90,7 @@ def rate(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         generate(GenerateConfig(out=f"{folder}/set", n=options.n, seed=77))
         paths = sorted(str(path) for path in Path(f"{folder}/set/images").rglob("*.png"))
-        path, data, card = read_model(options.run)
+        path, data, card, _ = read_model(options.run)
         arrays = np.stack([to_input(read_radiograph(film), card["size"]) for film in paths])[:, None]
         bare = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         learn = load_learner(path.parent / "learner.pkl")

@@ -101,7 +101,7 @@ def predict(
     asked: dict[str, Any] = {"abstain": abstain, "tta": tta, "coverage": coverage}
     journal = None
     if out is not None:
-        settings = {**asked, "precision": predictor.engines[0].precision, "limits": limits.to_json(), "frames": frames}
+        settings = {**asked, "precision": predictor.precision, "limits": limits.to_json(), "frames": frames}
         journal = Journal(out, [[film.path for film in films], predictor.fingerprints, settings], resume)
         if journal.done:
             console.say(f"{out}: {journal.done} of {len(films)} films were done before")
@@ -111,7 +111,7 @@ def predict(
         tally.add(earlier, as_json)
     keep = evidence is not None or dicom is not None
     rows = predictor.predict(films[done:], limits=limits, all_frames=frames == "all", keep_pixels=keep, **asked)
-    sources = {film.path: film for film in films}
+    sources = {film.path: film for film in films} if dicom else {}
     with console.progress("Reading films", len(films)) as advance, journal or nullcontext():
         for _ in range(done):
             advance()
@@ -176,7 +176,7 @@ class Tally:
         self.n += 1
         self.errors += row["error"] is not None
         self.counts["could not be read" if row["error"] else verdict_of(row)] += 1
-        if len(self.first) <= SHOWN:
+        if len(self.first) < SHOWN:
             self.first.append(row)
         if as_json:
             print(json.dumps(row), flush=True)  # noqa: T201
@@ -210,15 +210,14 @@ def verdict_of(row: dict[str, Any]) -> str:
 def shown(row: dict[str, Any]) -> Iterator[str]:
     """Yield the cells of a row for people."""
     from cxr_fastai.images import printable
+    from cxr_fastai.metrics.conformal import listed
 
     yield printable(row["path"])
     yield "-" if row["error"] else verdict_of(row)
     p, spread, threshold = row["probability"], row["spread"], row["threshold"]
     yield "-" if p is None else f"{p:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
     yield f"{threshold:.3f}" if isinstance(threshold, float) else "-"
-    held = row["set"]
-    if isinstance(held, dict):
-        held = [name for names in held.values() for name in names]
+    held = listed(row["set"])
     remarks = [row["error"] or " ".join(row["flags"])]
     yield " ".join([*remarks, "" if held is None else "{" + ", ".join(held) + "}"]).strip()
 
@@ -239,9 +238,8 @@ def save_dicom(predictor: Any, row: Any, source: Any, limits: Limits, folder: Pa
 
     if row.error is None:
         shown = None if row.evidence is None else predictor.evidence_shown(row)
-        write_dicom(
-            row, shown, source.read_bytes(limits), predictor.card, folder, number, predictor.fingerprints
-        )
+        data = source.read_bytes(limits)
+        write_dicom(row, shown, data, predictor.card, folder, number, predictor.fingerprints)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Standard library only. Every class checks itself when it is made, and a message 
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,6 +26,11 @@ ARCHITECTURES = (
 )  # fmt: skip
 SHORTCUTS = ("marker", "border", "brightness", "format")
 MAX_SEED = 2**32 - 1
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require(condition: bool, flag: str, value: object, allowed: str) -> None:

@@ -39,6 +39,12 @@ class TensorRadiograph(TensorImageBW):
     _show_args = {"cmap": "gray"}  # noqa: RUF012 (fastai's own protocol)
 
 
+def normalised(films: torch.Tensor) -> torch.Tensor:
+    """Return films (N, 1, H, W) in [0, 1] as `Normalize` hands them to a network, (N, 3, H, W)."""
+    mean, std = (films.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (films - mean) / std
+
+
 class OpenFilm(Transform):
     """Path -> TensorRadiograph (1, size, size), from the cache or memory where the film was read before.
 

@@ -9,13 +9,13 @@ films (`export.compare_precisions`); so every film gets the same answer, whether
 to 0.05 and is no faster than bf16.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from cxr_fastai.config import usable_cores
 from cxr_fastai.errors import ModelFileError, UsageError
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -61,11 +61,6 @@ def open_engine(model: bytes, card: dict[str, Any], precision: str = FP32, threa
             if precision == BF16:
                 raise UsageError("--precision is bf16, which needs OpenVINO: pip install openvino") from None
     return OnnxRuntime(model, threads)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bf16() -> bool:

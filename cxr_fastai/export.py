@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.engine import BF16, Engine, OnnxRuntime, OpenVino, multiplies_bf16, usable_cores
+from cxr_fastai.config import usable_cores
+from cxr_fastai.engine import BF16, Engine, OnnxRuntime, OpenVino, multiplies_bf16
 from cxr_fastai.errors import TrainingError
 from cxr_fastai.outliers import Outliers
 from cxr_fastai.runs import atomic_path
@@ -173,16 +174,15 @@ def check_parity(learn, onnx_path: Path, films: np.ndarray) -> float:
     """
     import torch
 
-    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+    from cxr_fastai.data import normalised
     from cxr_fastai.predict import Predictor
 
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     predictor = Predictor(onnx_path)
     model = learn.model.cpu().eval()
     worst = 0.0
     for batch in np.array_split(films, max(1, len(films) // 16)):
         with torch.no_grad():
-            logits = model((torch.from_numpy(batch[:, None]) - mean) / std)
+            logits = model(normalised(torch.from_numpy(batch[:, None])))
         ours = logits.sigmoid() if predictor.card["task"] == "multilabel" else logits.softmax(1)
         theirs = predictor.run(batch)["probabilities"]
         worst = max(worst, float(np.abs(ours.numpy() - theirs).max()))

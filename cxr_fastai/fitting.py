@@ -24,9 +24,9 @@ from torch import nn
 from cxr_fastai.callbacks import Autocast, BestEpoch, Checkpoint, FiniteLoss, History, StopSignal
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import Console
-from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD, KnownBCE, OpenFilm, make_dataloaders
+from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
-from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, make_learner, without_class_weights
+from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
@@ -187,16 +187,13 @@ def features_of_films(
     advance: Callable[[], None],
 ) -> np.ndarray:
     """Return what the head of a network makes its logits of, (N, F) float32, for films as they are, not augmented."""
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(config, device))
     model = model.to(device).eval()
     found = []
     for start in range(0, len(paths), config.batch_size):
         films = torch.stack([opener.encodes(path) for path in paths[start : start + config.batch_size]]).to(device)
-        films = ((films.as_subclass(torch.Tensor) - mean) / std).to(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
-            found.append(model[1].pool(model[0](films)).float().cpu())  # type: ignore[index]
+        found.append(features_of_batch(model[0], films.as_subclass(torch.Tensor), kind))  # type: ignore[index,arg-type]
         for _ in films:
             advance()
     model.cpu()
-    return torch.cat(found).numpy()
+    return np.concatenate(found)

@@ -33,8 +33,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from cxr_fastai.config import usable_cores
 from cxr_fastai.console import QUIET, Console
-from cxr_fastai.engine import OnnxRuntime, usable_cores
+from cxr_fastai.engine import OnnxRuntime
 from cxr_fastai.errors import DataError
 from cxr_fastai.images import to_input
 from cxr_fastai.metrics import interval, patient_bootstrap

@@ -35,7 +35,7 @@ class Input:
         UnreadableImage
             Where it cannot be read; a member larger than the limit is refused before it is unpacked.
         """
-        return read_film(self.path if self.member is None else self.read_bytes(limits), limits, frame)
+        return read_film(self.read_bytes(limits), limits, frame)
 
     def read_bytes(self, limits: Limits) -> bytes:
         """Return the bytes of the file or member, whatever they hold.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from fastai.data.all import DataLoaders
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cxr_fastai.config import TrainConfig
+from cxr_fastai.data import normalised
 from cxr_fastai.errors import ModelFileError, UsageError
 from cxr_fastai.runs import SHIPPED_WEIGHTS
 
@@ -251,6 +253,13 @@ def ensemble(models: Sequence[nn.Module]) -> nn.Module:
         head.linear.weight.copy_(torch.cat([linear.weight for linear in linears], dim=1) / len(models))
         head.linear.bias.copy_(torch.stack([linear.bias for linear in linears]).mean(0))
     return nn.Sequential(Bodies([model[0] for model in models]), head)  # type: ignore[index]
+
+
+def features_of_batch(body: nn.Module, films: torch.Tensor, precision: torch.dtype | None) -> np.ndarray:
+    """Return what a head makes its logits of, (N, F) float32, for films (N, 1, H, W) in [0, 1] on the body's device."""
+    whole = normalised(films).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast(films.device.type, precision, enabled=precision is not None):
+        return EvidenceHead.pool(body(whole)).float().cpu().numpy()
 
 
 def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -11,13 +11,15 @@ many bytes (protobuf.dev, "Encoding"). Only the fields of onnx.proto that matter
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cxr_fastai.errors import ModelFileError
+from cxr_fastai.errors import ModelFileError, UnreadableImage
+from cxr_fastai.files import open_regular
 from cxr_fastai.runs import MANIFEST, find_model
 
 MAX_BYTES = 2**31  # protobuf's own limit
@@ -31,8 +33,38 @@ DATA_TYPE, FLOATS, RAW, DOUBLES, EXTERNAL, LOCATION = 2, 4, 9, 10, 13, 14  # of 
 FLOAT_TYPES, BFLOAT16 = {1: "<f4", 10: "<f2", 11: "<f8"}, 16
 
 
-def read_model(model: str | Path) -> tuple[Path, bytes, dict[str, Any]]:
-    """Return path, bytes and card of the model.onnx meant by `model`: such a file, or the folder of a finished run.
+class ModelFile(NamedTuple):
+    """A model.onnx that was checked: its path, its bytes, the card in them, and their SHA-256."""
+
+    path: Path
+    data: bytes
+    card: dict[str, Any]
+    sha256: str
+
+
+def read_file(path: str | Path, longest: int = MAX_BYTES) -> bytes:
+    """Return the bytes of an ordinary file.
+
+    Raises
+    ------
+    ModelFileError
+        Where there is none, it cannot be opened, or it is too large.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > longest:
+                raise ModelFileError(f"{path}: {size:,} bytes; at most {longest:,} are read")
+            return file.read(size)  # a read of so many bytes as are allowed would take as much memory
+    except UnreadableImage:
+        raise ModelFileError(f"{path}: not an ordinary file; name a model file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name cannot be used"
+        raise ModelFileError(f"{path}: cannot be read ({reason}); name another model") from None
+
+
+def read_model(model: str | Path) -> ModelFile:
+    """Read and check the model.onnx meant by `model`: such a file, or the folder of a finished run.
 
     Raises
     ------
@@ -40,23 +72,19 @@ def read_model(model: str | Path) -> tuple[Path, bytes, dict[str, Any]]:
         Where there is none, it is damaged or doctored, or it is no model of ours.
     """
     path = find_model(model)
-    try:
-        if path.stat().st_size >= MAX_BYTES:
-            raise ModelFileError(f"{path}: larger than any ONNX file can be; export it again")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); name another model") from None
-    _check_manifest(path, data)
+    data = read_file(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    _check_manifest(path, sha256)
     try:
         card = _checked(data)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
     except (ValueError, IndexError, RecursionError) as error:
         raise ModelFileError(f"{path}: not a model that can be run ({error}); export it again") from None
-    return path, data, card
+    return ModelFile(path, data, card, sha256)
 
 
-def _check_manifest(path: Path, data: bytes) -> None:
+def _check_manifest(path: Path, sha256: str) -> None:
     """Compare a model with the hash that its run folder has of it."""
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
@@ -65,7 +93,7 @@ def _check_manifest(path: Path, data: bytes) -> None:
         expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"][path.name]
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelFileError(f"{path}: {MANIFEST} beside it does not tell its hash; train or export again") from None
-    if hashlib.sha256(data).hexdigest() != expected:
+    if sha256 != expected:
         raise ModelFileError(
             f"{path}: not the file that was exported (its SHA-256 differs from {MANIFEST}'s); export or copy it again"
         )

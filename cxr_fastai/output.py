@@ -7,6 +7,7 @@ films, model and settings, and goes on from there. Memory does not grow with the
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cxr_fastai.errors import UsageError
+from cxr_fastai.metrics.conformal import listed
 from cxr_fastai.predict import Prediction
 from cxr_fastai.runs import atomic_path, safe_cell
 
@@ -121,9 +123,7 @@ class Journal:
 def _flat(row: dict[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as cells: one probability a class; what has parts as text."""
     p = row["probabilities"]
-    threshold, held = row["threshold"], row["set"]
-    if isinstance(held, dict):
-        held = [name for names in held.values() for name in names]
+    threshold, held = row["threshold"], listed(row["set"])
     return {
         "path": row["path"],
         "frame": row["frame"],
@@ -141,14 +141,11 @@ def _flat(row: dict[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_csv(file: IO[bytes], rows: Iterable[dict[str, Any]], card: Mapping[str, Any]) -> None:
-    class Encoded:
-        def write(self, text: str) -> int:
-            return file.write(text.encode("utf-8", "backslashreplace"))
-
-    writer = csv.writer(Encoded(), lineterminator="\n")
-    empty = Prediction("").to_dict()
-    writer.writerow(_flat(empty, card))
+    text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")  # type: ignore[type-var]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_flat(Prediction("").to_dict(), card))
     writer.writerows([safe_cell(cell) for cell in _flat(row, card).values()] for row in rows)
+    text.detach()  # flushed, and the file left open
 
 
 def _write_jsonl(file: IO[bytes], rows: Iterable[dict[str, Any]], card: Mapping[str, Any]) -> None:
@@ -162,7 +159,7 @@ def _write_parquet(file: IO[bytes], rows: Iterable[dict[str, Any]], card: Mappin
     names = list(_flat(Prediction("").to_dict(), card))
     text = {*TEXT, "threshold"} if card["task"] == "multilabel" else TEXT
     types = {name: pyarrow.string() if name in text else pyarrow.float64() for name in names}
-    schema = pyarrow.schema([*({**types, "frame": pyarrow.int32()}).items()])
+    schema = pyarrow.schema(list((types | {"frame": pyarrow.int32()}).items()))
     cells = (_flat(row, card) for row in rows)
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         while several := list(itertools.islice(cells, GROUP)):

@@ -6,7 +6,6 @@ Every input gets a row: a film that cannot be read is a row with `error`, the ot
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import time
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cxr_fastai.engine import Engine, open_engine, usable_cores
+from cxr_fastai.config import usable_cores
+from cxr_fastai.engine import Engine, open_engine
 from cxr_fastai.errors import ModelFileError, NoSuchFrame, UnreadableImage
 from cxr_fastai.images import Limits, to_input
 from cxr_fastai.inputs import Input
@@ -63,10 +63,6 @@ class Prediction:
     set: Any = None
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
     pixels: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-    def without_arrays(self) -> "Prediction":
-        """Return the row without its film and map, so that many rows can be kept."""
-        return dataclasses.replace(self, evidence=None, pixels=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON types, in the order of the contract."""
@@ -116,21 +112,26 @@ class Predictor:
     ):
         named = [models] if isinstance(models, str | Path) else list(models)
         loaded = [read_model(model) for model in named]
-        self.path = loaded[0][0]
-        self.cards = [card for _, _, card in loaded]
-        self.fingerprints = [hashlib.sha256(data).hexdigest() for _, data, _ in loaded]
-        self.card = joint_card([path for path, _, _ in loaded], self.cards)
+        self.path = loaded[0].path
+        self.cards = [file.card for file in loaded]
+        self.fingerprints = [file.sha256 for file in loaded]
+        self.card = joint_card([file.path for file in loaded], self.cards)
         self.engines: list[Engine] = []
-        for path, data, card in loaded:
+        for file in loaded:
             try:
-                self.engines.append(open_engine(data, card, precision, threads))
+                self.engines.append(open_engine(file.data, file.card, precision, threads))
             except ModelFileError as error:
-                raise ModelFileError(f"{path}: {error}") from error
+                raise ModelFileError(f"{file.path}: {error}") from error
 
     @property
     def classes(self) -> list[str]:
         """The classes, in the order of the logits."""
         return self.card["classes"]
+
+    @property
+    def precision(self) -> str:
+        """In what the networks multiply."""
+        return self.engines[0].precision
 
     def run(self, films: np.ndarray) -> dict[str, np.ndarray]:
         """Run the (first) network on prepared films (N, size, size) float32 in [0, 1]; see `export` for the outputs."""

@@ -118,6 +118,14 @@ class ExportPredictor(Predictor):
         return judged if said.evidence.size else dataclasses.replace(judged, evidence=None)
 
 
+def operating_point(classes: Sequence[str], task: str) -> dict[str, Any]:
+    """Return positive class and threshold of a model that tells neither."""
+    return {
+        "positive": positive_class(classes) if task == "binary" else None,
+        "threshold": {"binary": THRESHOLD, "multilabel": dict.fromkeys(classes, THRESHOLD)}.get(task),
+    }
+
+
 def card_of(export: InertExport, network: RebuiltNetwork) -> dict[str, Any]:
     """Return what a model.onnx would say of itself in its card.
 
@@ -133,14 +141,13 @@ def card_of(export: InertExport, network: RebuiltNetwork) -> dict[str, Any]:
         "size": max(export.size),
         "temperature": 1.0,
         "augment": 0.0 if export.opened != "film" else 1.0,
-        "positive": positive_class(export.classes) if export.task == "binary" else None,
-        "threshold": {"binary": THRESHOLD, "multilabel": dict.fromkeys(export.classes, THRESHOLD)}.get(export.task),
+        **operating_point(export.classes, export.task),
     }
     beside = export.path.with_name("model.onnx")
     if network.explains:
         card["bias"] = network.model[1].linear.bias.tolist()  # type: ignore[index, union-attr, operator]
         if beside.is_file():
-            theirs = read_model(beside)[2]
+            theirs = read_model(beside).card
             if any(card[key] != theirs.get(key) for key in ("classes", "task", "size")):
                 raise ModelFileError(f"{export.path}: model.onnx beside it is of another training; move one of them")
             return {**card, **{key: value for key, value in theirs.items() if key not in ONNX_ONLY}}
@@ -173,20 +180,15 @@ def unpickle_unsafely(path: str | Path):
 class UnpickledPredictor(Predictor):
     """A `Predictor` that runs the Learner itself, and with it whatever the file says; there is no evidence."""
 
+    precision = "fp32"
+
     def __init__(self, path: str | Path):
         self.path, self.learn = Path(path), unpickle_unsafely(path)
         classes = [str(name) for name in self.learn.dls.vocab]
         multilabel = "Cross" not in type(self.learn.loss_func).__name__
         task = "multilabel" if multilabel else "binary" if len(classes) == 2 else "multiclass"
-        self.card = {
-            "classes": classes,
-            "task": task,
-            "size": PICTURE,
-            "positive": positive_class(classes) if task == "binary" else None,
-            "threshold": {"binary": THRESHOLD, "multilabel": dict.fromkeys(classes, THRESHOLD)}.get(task),
-        }
-        self.cards, self.engines, self.fingerprints = [self.card], [self], [sha256(path)]
-        self.precision = "fp32"
+        self.card = {"classes": classes, "task": task, "size": PICTURE, **operating_point(classes, task)}
+        self.cards, self.fingerprints = [self.card], [sha256(path)]
 
     def _predict_batch(
         self, read: Sequence[Read], abstain: bool, tta: bool, coverage: float | None

@@ -32,7 +32,7 @@ import typer
 from pretrain_films import HELD_OUT, TRAINING, Batches
 from safetensors.torch import save
 
-from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+from cxr_fastai.data import normalised
 from cxr_fastai.errors import UsageError
 from cxr_fastai.metrics import auroc
 from cxr_fastai.model import EvidenceHead
@@ -63,8 +63,7 @@ class Pretrainer(torch.nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Films (N, 1, S, S) in [0, 1] -> logits (N, 8), logits of places (N, 8, S/32, S/32), view and heart (N, 2)."""
-        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        whole = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+        whole = normalised(pixels).contiguous(memory_format=torch.channels_last)
         with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):  # shards must not share casts
             features = self.features(whole)
         features = features.float()

@@ -14,7 +14,7 @@ from cxr_fastai.modelfile import read_model
 
 def test_both_engines_give_all_outputs_and_agree(finished: Path) -> None:
     pytest.importorskip("openvino")
-    _, data, _ = read_model(finished)
+    data = read_model(finished).data
     films = np.random.default_rng(0).random((5, 32, 32), dtype=np.float32)
     full, half = OnnxRuntime(data, 1).run(films), OpenVino(data, 1).run(films)
     assert set(full) == set(OUTPUTS) <= set(half)
@@ -27,7 +27,7 @@ def test_both_engines_give_all_outputs_and_agree(finished: Path) -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_film_gets_the_same_answer_alone_and_among_others(finished: Path, kind: str) -> None:
     pytest.importorskip("openvino")
-    _, data, _ = read_model(finished)
+    data = read_model(finished).data
     run = (OnnxRuntime(data, 2) if kind == "fp32" else OpenVino(data, 2)).run
     films = np.random.default_rng(0).random((16, 32, 32), dtype=np.float32)
     together = run(films)["probabilities"]
@@ -37,7 +37,7 @@ def test_a_film_gets_the_same_answer_alone_and_among_others(finished: Path, kind
 
 def test_auto_is_bf16_only_where_the_card_and_the_processor_allow(finished: Path, monkeypatch) -> None:
     pytest.importorskip("openvino")
-    _, data, card = read_model(finished)
+    _, data, card, _ = read_model(finished)
     passed, failed = ({**card, "precision": {"bf16": {"passed": found}}} for found in (True, False))
     monkeypatch.setattr(engine, "multiplies_bf16", lambda: True)
     assert open_engine(data, passed, "auto").precision == "bf16"

@@ -17,12 +17,13 @@ import pytest
 
 from cxr_fastai.errors import ModelFileError
 from cxr_fastai.inert import describe, read_export
-from cxr_fastai.inert.archive import members_of, read_file
+from cxr_fastai.inert.archive import members_of
 from cxr_fastai.inert.export import export_of
 from cxr_fastai.inert.instructions import walk
 from cxr_fastai.inert.machine import Machine
 from cxr_fastai.inert.network import layers_of
 from cxr_fastai.inert.records import Global, Mapping, Record, Tensor
+from cxr_fastai.modelfile import read_file
 from exports import make_learner, save, write_pictures
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))

@@ -30,16 +30,17 @@ def changed(path: Path, change) -> Path:
 
 
 def test_bytes_and_card_are_those_of_the_file(model: Path) -> None:
-    path, data, card = read_model(model)
+    path, data, card, digest = read_model(model)
     assert path == model
     assert data == model.read_bytes()
+    assert digest == sha256(model)
     assert card["classes"] == ["abnormal", "normal"]
 
 
 def test_the_manifest_beside_it_must_know_it(model: Path) -> None:
     manifest = model.parent / "manifest.json"
     manifest.write_text(json.dumps({"sha256": {"model.onnx": sha256(model)}}))
-    assert read_model(model.parent)[0].name == "model.onnx"
+    assert read_model(model.parent).path.name == "model.onnx"
     changed(model, lambda proto: proto.metadata_props[0].__setattr__("value", json.dumps({"classes": []})))
     with pytest.raises(ModelFileError, match=r"not the file that was exported \(its SHA-256 differs"):
         read_model(model)

@@ -321,7 +321,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 
 
 def test_threads_and_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cxr_fastai.serving.config.cores", lambda: 8)
+    monkeypatch.setattr("cxr_fastai.serving.config.usable_cores", lambda: 8)
     configs = [ServeConfig(workers=n) for n in (None, 1, 2, 16)]
     counts = [(config.processes, config.threads) for config in configs]
     assert counts == [(8, 1), (1, 8), (2, 4), (16, 1)]

@@ -176,17 +176,14 @@ def features_of_weights(
     """
     import torch
 
-    from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
-    from cxr_fastai.model import EvidenceHead, cpu_multiplies_bf16, load_weights, make_body
+    from cxr_fastai.model import cpu_multiplies_bf16, features_of_batch, load_weights, make_body
 
     body = make_body("densenet121")[0].eval().to(memory_format=torch.channels_last)
     load_weights(body, "densenet121", str(weights))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    precision = torch.bfloat16 if cpu_multiplies_bf16() else None
 
     def run(films: np.ndarray) -> np.ndarray:
-        whole = ((torch.from_numpy(films)[:, None] - mean) / std).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bf16()):
-            return EvidenceHead.pool(body(whole)).float().numpy()
+        return features_of_batch(body, torch.from_numpy(films)[:, None], precision)
 
     return _in_batches(table, SIZE, run, advance)
 

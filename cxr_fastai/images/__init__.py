@@ -9,7 +9,6 @@ what to do; a film that can be read but is doubtful carries flags. Nothing else 
 """
 
 import os
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 
 from cxr_fastai.config import Limits
 from cxr_fastai.errors import UnreadableImage
+from cxr_fastai.files import open_regular
 from cxr_fastai.images import dicom, judge, raster
 from cxr_fastai.images.guard import printable, quiet
 from cxr_fastai.images.tone import equalise, resize, to_input
@@ -153,7 +153,7 @@ def looks_like_film(path: str | Path) -> bool:
     if path.suffix and not path.suffix[1:].isdigit():  # DICOM files are often named by their UID: 1.2.840.113...
         return path.suffix.lower() in IMAGE_SUFFIXES
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             return file.read(132)[128:] == b"DICM"
     except (OSError, ValueError, UnreadableImage):
         return False
@@ -174,23 +174,13 @@ def films_below(folder: str | Path) -> Iterator[Path]:
     yield from closed
 
 
-def _open_regular(path: str | Path) -> BinaryIO:
-    """Open an ordinary file, and nothing that would block or never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise UnreadableImage("it is a folder, not a file" if stat.S_ISDIR(mode) else "it is a device, not a file")
-    return os.fdopen(descriptor, "rb")
-
-
 def read_bytes(source: str | Path | bytes | BinaryIO, limits: Limits) -> bytes:
     """Read all bytes of `source`, unless there are more than the limit allows."""
     try:
         if isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
         elif isinstance(source, str | os.PathLike):
-            with _open_regular(source) as file:
+            with open_regular(source) as file:
                 data = file.read(limits.max_bytes + 1)
         else:
             data = source.read(limits.max_bytes + 1)

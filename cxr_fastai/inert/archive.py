@@ -6,16 +6,12 @@ and compared, and each member against its CRC, which torch itself never looks at
 is, and there is nothing to unpack, no member behind another, none twice.
 """
 
-import os
 import re
-import stat
 import struct
 import zlib
-from pathlib import Path
 
 from cxr_fastai.errors import ModelFileError
 
-MAX_BYTES = 2**31
 MAX_MEMBERS = 50_000  # a DenseNet121's export has 750
 MAX_NAME = 300
 ZIP = b"PK\x03\x04"
@@ -26,28 +22,6 @@ FLAGS = 0x0808  # names in UTF-8, sizes after the data
 PLAIN_MEMBERS = frozenset(
     ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
 )
-
-
-def read_file(path: str | Path, longest: int = MAX_BYTES) -> bytes:
-    """Return the bytes of an ordinary file.
-
-    Raises
-    ------
-    ModelFileError
-        Where there is none, it cannot be opened, or it is too large.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            facts = os.fstat(descriptor)
-            if not stat.S_ISREG(facts.st_mode):
-                raise ModelFileError(f"{path}: not an ordinary file; name a model file")
-            if facts.st_size > longest:
-                raise ModelFileError(f"{path}: {facts.st_size:,} bytes; at most {longest:,} are read")
-            return file.read(longest + 1)[: longest + 1]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "its name cannot be used"
-        raise ModelFileError(f"{path}: cannot be read ({reason}); name another model") from None
 
 
 def members_of(data: bytes) -> dict[str, memoryview]:

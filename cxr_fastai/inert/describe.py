@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cxr_fastai.errors import ModelFileError
-from cxr_fastai.inert.archive import ZIP, members_of, read_file
+from cxr_fastai.inert.archive import ZIP, members_of
 from cxr_fastai.inert.export import export_of, storages_of
 from cxr_fastai.inert.instructions import MAX_PICKLE, walk
 from cxr_fastai.inert.machine import STORAGES, Machine
 from cxr_fastai.inert.names import unneeded_calls, unneeded_names
 from cxr_fastai.inert.records import Global, Mapping, Record, Storage, shown
+from cxr_fastai.modelfile import GRAPH, fields, read_file, read_model
 
 MAX_HEADER = 16 * 2**20
 MAX_PICKLES = 8  # one after another in a file, as torch wrote them before 1.6
@@ -208,15 +209,13 @@ def _of_safetensors(data: bytes) -> dict[str, Any]:
 
 
 def _of_onnx(path: Path, data: bytes) -> dict[str, Any]:
-    from cxr_fastai.modelfile import GRAPH, fields, read_model
-
     found: dict[str, Any] = {"kind": "an ONNX model"}
     try:
         graph = next(v for n, v in fields(memoryview(data)) if n == GRAPH and isinstance(v, memoryview))
         for word, wanted in (("inputs", 11), ("outputs", 12)):  # field numbers of GraphProto
             infos = [v for n, v in fields(graph) if n == wanted and isinstance(v, memoryview)]
             found[word] = [bytes(v).decode() for info in infos for n, v in fields(info) if n == 1]  # type: ignore[arg-type]
-        card = read_model(path)[2]
+        card = read_model(path).card
     except (StopIteration, ValueError, IndexError) as error:
         return {**found, "problem": f"damaged ({error})"}
     except ModelFileError as error:

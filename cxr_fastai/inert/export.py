@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from cxr_fastai.errors import ModelFileError
-from cxr_fastai.inert.archive import members_of, read_file
+from cxr_fastai.inert.archive import members_of
 from cxr_fastai.inert.instructions import walk
 from cxr_fastai.inert.learner import Step, read_learner, size_after
 from cxr_fastai.inert.machine import Machine
 from cxr_fastai.inert.names import refuse_attacks, unneeded_calls, unneeded_names
 from cxr_fastai.inert.network import Layer, architecture_of, arrays_of, layers_of
+from cxr_fastai.modelfile import read_file
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _tuple_to_mark(m: Machine) -> None:
     m.stack.append(tuple(items))
 
 
-def _frozen_set(m: Machine) -> None:
+def _list_to_mark(m: Machine) -> None:
     items = m.to_mark()
     m.stack.append(items)
 
@@ -221,7 +221,7 @@ INSTRUCTIONS: dict[int, Instruction] = {
     ord("u"): _set_items,
     0x8F: _pushes(lambda m: []),
     0x90: _appends,
-    0x91: _frozen_set,
+    0x91: _list_to_mark,
     ord("h"): _pushes(lambda m: m.memo[m.number(1)]),
     ord("j"): _pushes(lambda m: m.memo[m.number(4)]),
     ord("q"): lambda m: m.remember(m.number(1)),
@@ -239,11 +239,6 @@ INSTRUCTIONS: dict[int, Instruction] = {
 
 # What only `describe` follows, to show what a hostile pickle would have called: protocols 0 and 1, and the registry of
 # extensions. No export has them.
-
-
-def _list_to_mark(m: Machine) -> None:
-    items = m.to_mark()
-    m.stack.append(items)
 
 
 def _dict_to_mark(m: Machine) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from cxr_fastai.errors import ModelFileError
-from cxr_fastai.inert.archive import MAX_BYTES
 from cxr_fastai.inert.machine import STORAGES
 from cxr_fastai.inert.records import Mapping, Record, Tensor
+from cxr_fastai.modelfile import MAX_BYTES
 
 MAX_LAYERS, MAX_DEPTH, MAX_ATTRIBUTES = 10_000, 32, 200
 BODIES = "cxr_fastai.model.Bodies"

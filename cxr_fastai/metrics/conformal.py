@@ -49,6 +49,11 @@ def cut_of(scores: Sequence[float], coverage: float) -> float:
     return float(scores[rank - 1]) if rank <= len(scores) else float("inf")
 
 
+def listed(held: Any) -> list[str] | None:
+    """Return what a set of `prediction_set` holds as one list, None for no set."""
+    return [name for names in held.values() for name in names] if isinstance(held, dict) else held
+
+
 def prediction_set(p: Mapping[str, float], scores: Sequence[Sequence[float]], coverage: float) -> Any:
     """Return the classes that a film's set holds; for multi-label, of each finding it and "no it", whichever hold."""
     if len(scores) == 1 and len(p) > 1:

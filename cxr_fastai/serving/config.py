@@ -1,18 +1,12 @@
 """What can be set of the server. Standard library only."""
 
 import ipaddress
-import os
 from dataclasses import dataclass, field
 
-from cxr_fastai.config import Limits, Saved, require
+from cxr_fastai.config import Limits, Saved, require, usable_cores
 
 MIN_TOKEN = 16  # characters; what is generated has 32
 BODIES_IN_MEMORY = 8  # bodies of the largest size that are held at once, before clients are asked to wait
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -68,12 +62,12 @@ class ServeConfig(Saved):
     @property
     def processes(self) -> int:
         """How many workers there are."""
-        return self.workers or cores()
+        return self.workers or usable_cores()
 
     @property
     def threads(self) -> int:
         """How many threads each worker has, so that all of them together have one a core."""
-        return max(1, cores() // self.processes)
+        return max(1, usable_cores() // self.processes)
 
     @property
     def limits(self) -> Limits:

@@ -113,10 +113,15 @@ def same_origin(headers: Headers) -> bool:
         return False
 
 
+def refusal(reason: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return headers and body of an answer that says why, as JSON."""
+    body = json.dumps({"detail": reason}).encode()
+    return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())], body
+
+
 async def refuse(send: Send, status: int, reason: str) -> None:
     """Answer with one line of why, as JSON."""
-    body = json.dumps({"detail": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers, body = refusal(reason)
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -4,7 +4,6 @@ uvicorn has none of these: a client that sends a byte now and then keeps a conne
 """
 
 import asyncio
-import json
 from http import HTTPStatus
 from typing import Any
 
@@ -12,7 +11,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cxr_fastai.serving.config import ServeConfig
-from cxr_fastai.serving.guard import SECURITY_HEADERS
+from cxr_fastai.serving.guard import SECURITY_HEADERS, refusal
 
 GRACE = 2.0  # seconds that the application has for its own 408, before the connection is cut
 WRITE_SECONDS, WRITE_BYTES = 30.0, 64 * 1024  # in which time a client must take how much of its answer
@@ -102,8 +101,7 @@ class DeadlineProtocol(H11Protocol):
 
     def _refuse(self, status: int, reason: str) -> None:
         """Answer in the application's place, and close."""
-        body = json.dumps({"detail": reason}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers, body = refusal(reason)
         closing = (b"connection", b"close")
         phrase = HTTPStatus(status).phrase.encode()
         head = h11.Response(status_code=status, headers=[*headers, *SECURITY_HEADERS, closing], reason=phrase)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_fastai.errors import CxrError
-from cxr_fastai.images import Film, Limits, read_film
+from cxr_fastai.images import Limits
 from cxr_fastai.inputs import Input
 from cxr_fastai.predict import Prediction, Predictor
 
@@ -35,9 +35,9 @@ class Upload(Input):
 
     data: bytes = b""
 
-    def read(self, limits: Limits, frame: int | None = None) -> Film:
-        """Read the film; see `images.read_film`."""
-        return read_film(self.data, limits, frame)
+    def read_bytes(self, limits: Limits) -> bytes:
+        """Return what was sent; how long it may be is for the reader to see."""
+        return self.data
 
 
 def bound(megabytes: int) -> None:

@@ -64,8 +64,7 @@ class Worker:
         code = f"import sys; sys.path[:] = {sys.path!r}; from cxr_fastai.serving.worker import main; main()"
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment = {key: value for key, value in os.environ.items() if key != "CXR_TOKEN"}
-        # onnxruntime from 1.29 on tells Microsoft about each session, and leaves a file that identifies the machine.
-        environment |= dict.fromkeys(names, str(threads)) | {"ORT_DISABLE_TELEMETRY": "1"}
+        environment |= dict.fromkeys(names, str(threads))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-B", "-c", code, json.dumps(settings)),
             stdin=asyncio.subprocess.PIPE,
