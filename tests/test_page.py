@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from browser import CHROMIUM, Page, chromium
+from PIL import Image
 from server_process import Running, serving
 
 from cxr_fastai.predict import Predictor, overlay
@@ -114,6 +115,30 @@ def test_the_evidence_is_painted_as_by_predict(page: Page, film: Path, finished:
     assert row.pixels is not None
     mixed = row.pixels[..., None] * (1 - opacity) + colour * opacity
     assert np.abs(255 * mixed - overlay(row.pixels, predictor.evidence_shown(row))).max() < 3
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_evidence_lies_on_the_enlarged_film(page: Page, film: Path, width: int) -> None:
+    page.show(width, 800)
+    page.choose("#files", [str(film)])
+    page.wait("document.querySelector('.entry .film img')?.naturalWidth")
+    page.run("document.querySelector('.entry .film').click()")
+    boxes = page.run(
+        "['img', 'canvas'].map((n) => { const b = $('large').querySelector(n).getBoundingClientRect(); "
+        "return [b.left, b.top, b.width, b.height] })"
+    )
+    assert boxes[0] == pytest.approx(boxes[1], abs=0.5)
+    assert boxes[0][2] > 0.9 * width
+
+
+def test_an_enlarged_film_without_a_verdict_has_no_number(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.tile(np.linspace(0, 255, 256).astype(np.uint8), (128, 1))).save(path)
+    page.choose("#files", [str(path)])
+    assert page.wait("document.querySelector('.verdict')?.textContent") == "no verdict"
+    page.wait("document.querySelector('.entry .film img')?.naturalWidth")
+    page.run("document.querySelector('.entry .film').click()")
+    assert page.run("$('name').textContent") == "wide.png: no verdict"
 
 
 def test_it_works_by_keyboard(page: Page, film: Path) -> None:

@@ -258,6 +258,11 @@ def test_model_is_the_card_and_health_counts(server: Running, finished: Path) ->
     assert (health["status"], health["workers"], health["waiting"], health["queue"]) == ("ok", 1, 0, 8)
 
 
+def test_the_reference_names_the_port_that_is_listened_on(server: Running) -> None:
+    page = server.ask("GET", "/docs").body.decode()
+    assert f"http://127.0.0.1:{server.address[1]}/predict" in page
+
+
 def test_pages_name_no_other_place(server: Running) -> None:
     for path, kind in {"/": "html", "/docs": "html", "/page.css": "css", "/page.js": "javascript"}.items():
         answer = server.ask("GET", path)

@@ -204,7 +204,7 @@ def _add_pages(app: FastAPI, config: ServeConfig) -> None:
     settings = {"flags": dict(FLAGS), "megabytes": config.max_mb}
     page = templates.get_template("page.html").render(settings=settings, notice=NOTICE)
     reference = templates.get_template("api.html").render(
-        api=app.openapi(), notice=NOTICE, token=config.token is not None, port=config.port or 8000
+        api=app.openapi(), notice=NOTICE, token=config.token is not None, port=config.port
     )
     kinds = {".css": "text/css", ".js": "text/javascript"}
 

@@ -50,6 +50,7 @@ def run_server(
     model = str(find_model(config.model))
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs what clients send
     with listener(config) as sock:
+        config = dataclasses.replace(config, port=sock.getsockname()[1])
         asyncio.run(_serve(config, model, sock, console, ready or (lambda _: None)))
 
 
@@ -76,8 +77,8 @@ def listener(config: ServeConfig) -> socket.socket:
     return sock
 
 
-def address_of(config: ServeConfig, sock: socket.socket) -> str:
-    """Return the URL under which others reach a socket."""
+def address_of(config: ServeConfig) -> str:
+    """Return the URL under which others reach the server."""
     host = config.host
     if host in ("0.0.0.0", "::"):
         try:
@@ -86,7 +87,7 @@ def address_of(config: ServeConfig, sock: socket.socket) -> str:
                 host = probe.getsockname()[0]
         except OSError:
             host = socket.gethostname()
-    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/"
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}/"
 
 
 class Server(uvicorn.Server):
@@ -111,7 +112,7 @@ async def _serve(
     config: ServeConfig, model: str, sock: socket.socket, console: Console, ready: Callable[[dict[str, Any]], None]
 ) -> None:
     pool = Pool(model, config)
-    url = address_of(config, sock)
+    url = address_of(config)
     facts = {"url": url, "docs": f"{url}docs", "model": model, "workers": config.processes}
     if config.token:
         facts["token"] = config.token

@@ -302,7 +302,8 @@ function enlarge(entry) {
   dialog.querySelector("img").alt = entry.part("img").alt;
   [canvas.width, canvas.height] = [from.width, from.height];
   canvas.getContext("2d").drawImage(from, 0, 0);
-  $("name").textContent = `${entry.row.path}: ${entry.part(".verdict").textContent}, ${number(entry.row.probability ?? 0)}`;
+  const p = entry.row.probability === null ? "" : `, ${number(entry.row.probability)}`;
+  $("name").textContent = `${entry.row.path}: ${entry.part(".verdict").textContent}${p}`;
   dialog.showModal();
 }
 
