@@ -129,7 +129,7 @@ def predict(
         journal.finish(predictor.card)
         console.say(f"{out}: {tally.n} rows")
     if not as_json:
-        tally.show(console)
+        tally.show(console, written=out is not None)
     if tally.errors:
         raise typer.Exit(1)
 
@@ -181,7 +181,7 @@ class Tally:
         if as_json:
             print(json.dumps(row), flush=True)  # noqa: T201
 
-    def show(self, console: Any) -> None:
+    def show(self, console: Any, written: bool) -> None:
         """Print a table of the rows for people, names escaped; of many rows, how many there are of each kind."""
         from rich.markup import escape
         from rich.table import Table
@@ -193,7 +193,8 @@ class Tally:
             for name, count in self.counts.most_common():
                 table.add_row(escape(name), str(count))
             console.rich.print(table)
-            console.say("Each film: --json, or --out FILE")
+            if not written:
+                console.say("Each film: --json, or --out FILE")
             return
         for head in ("film", "class", "probability", "threshold", "remarks"):
             table.add_column(head, justify="right" if head in ("probability", "threshold") else "left", overflow="fold")
@@ -273,8 +274,16 @@ def show_facts(facts: dict[str, Any], console: Any, indent: str = "") -> None:
             console.say(f"{indent}{key}:")
             show_facts(value, console, indent + "  ")
         elif value not in (None, [], {}):
-            told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            console.say(f"{indent}{key}: {printable(told)}")
+            console.say(f"{indent}{key}: {printable(in_words(value))}")
+
+
+def in_words(value: Any) -> str:
+    """Return a fact as text for a line: names joined, of numbers in lists only how many there are."""
+    if not isinstance(value, list):
+        return str(value)
+    if isinstance(value[0], list):
+        return f"{sum(map(len, value))} numbers"
+    return ", ".join(map(str, value))
 
 
 @receiver.command()

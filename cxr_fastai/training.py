@@ -304,14 +304,15 @@ def export_both(
         outliers = fit_outliers(learned_features)
         new_features = features_of_films(learn.model, held_out["path"].tolist(), opener, device, config, advance)
     card["outliers"] = {"limit": limit_of(outliers.distance(new_features)), "quantile": QUANTILE, "films": len(learned)}
-    export_learner(learn, run / "learner.pkl")
-    model = make_onnx(learn, config.size, card["task"], outliers)
-    some = held_out[:PRECISION_FILMS]
-    films = np.stack([opener.encodes(path)[0].numpy() for path in some["path"]])
-    truth = targets_of(some, card["classes"])
-    card["precision"] = compare_precisions(model.SerializeToString(), films, truth)
-    write_onnx(model, card, run / "model.onnx")
-    parity = check_parity(learn, run / "model.onnx", films[:PARITY_FILMS])
+    with console.busy("Writing learner.pkl and model.onnx, and comparing them"):
+        export_learner(learn, run / "learner.pkl")
+        model = make_onnx(learn, config.size, card["task"], outliers)
+        some = held_out[:PRECISION_FILMS]
+        films = np.stack([opener.encodes(path)[0].numpy() for path in some["path"]])
+        truth = targets_of(some, card["classes"])
+        card["precision"] = compare_precisions(model.SerializeToString(), films, truth)
+        write_onnx(model, card, run / "model.onnx")
+        parity = check_parity(learn, run / "model.onnx", films[:PARITY_FILMS])
     half = card["precision"]["bf16"]
     console.say(
         f"Exported learner.pkl and model.onnx; probabilities differ by at most {parity:.1e}; bf16 in predict: "

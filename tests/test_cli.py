@@ -203,6 +203,7 @@ def test_inspect_tells_what_is_in_a_model(cxr, finished) -> None:
     code, out, _ = cxr("inspect", finished / "model.onnx")
     assert code == 0
     assert "classes: abnormal, normal" in out
+    assert "  conformal: 6 numbers" in out
 
 
 def test_evaluate_repeats_the_runs_own_figures(cxr, finished) -> None:
