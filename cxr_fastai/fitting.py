@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
 from fastai.learner import Learner
@@ -112,9 +113,17 @@ def announce(
 
 
 def fit(
-    learn: Learner, config: TrainConfig, weights: LoadedWeights, run: Path, console: Console, fold: int | None = None
+    learn: Learner,
+    config: TrainConfig,
+    weights: LoadedWeights,
+    run: Path,
+    console: Console,
+    fold: int | None = None,
+    watchers: Sequence[Callback] = (),
 ) -> None:
     """Run both phases of `fine_tune`, write history.csv, and keep the best epoch of both.
+
+    `watchers` are told of every batch and epoch, too; after an epoch, `learn.history.rows[-1]` is its row.
 
     A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
     first epoch, at one learning rate for all layers, for as many epochs as both phases have.
@@ -132,7 +141,7 @@ def fit(
     checkpoint = run / "checkpoints" / ("last.pth" if fold is None else f"fold-{fold}.pth")
     with console.progress("Training batches", epochs * len(learn.dls.train)) as advance:
         history = History(run / "history.csv", phases, multilabel, say, advance, fold)
-        callbacks = [finite, history, best, Checkpoint(checkpoint), stop]
+        callbacks = [finite, history, best, Checkpoint(checkpoint), stop, *watchers]
         with learn.added_cbs(callbacks), stop.listening(), learn.no_bar(), learn.no_logging():
             if frozen:
                 lr_mult = PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
