@@ -6,18 +6,31 @@ fastai callbacks. None of them reads a value off the device within an epoch more
 import contextlib
 import csv
 import io
-import math
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+)
+from fastai.data.load import DataLoader
+from torch import nn
 
+from cxr_fastai.config import world
 from cxr_fastai.metrics import auroc
+from cxr_fastai.ranks import any_of, joined_outputs
 from cxr_fastai.runs import atomic_path, write_text
 
 HISTORY_COLUMNS = (
@@ -40,24 +53,43 @@ class Autocast(Callback):
 
 
 class FiniteLoss(Callback):
-    """End the fit at the first loss that is not a number: nothing after it is worth keeping.
+    """End the fit at a loss that is not a number: nothing after it is worth keeping.
 
-    `problem` then says what happened; fastai would rewrite the message of an error raised here.
+    `problem` then says what happened; fastai would rewrite the message of an error raised here. The losses are looked
+    at every so many batches and before an epoch ends, since each look waits for the device.
     """
 
     problem: str | None = None
+
+    def __init__(self, every: int = 1):
+        self.every = every
 
     def before_fit(self) -> None:  # noqa: D102
         if self.problem:
             raise CancelFitException
 
+    def before_train(self) -> None:  # noqa: D102
+        self.losses: list[tuple[int, float, torch.Tensor]] = []
+
     def after_loss(self) -> None:  # noqa: D102
-        if self.training and not math.isfinite(self.loss.item()):
-            self.problem = (
-                f"the loss became {self.loss.item()} in epoch {self.history.epochs_done + 1}, batch {self.iter + 1}, "
-                f"at a learning rate of {self.opt.hypers[-1]['lr']:.2g}; train with a smaller --lr (see lr-find)"
-            )
-            raise CancelFitException
+        if self.training:
+            self.losses.append((self.iter + 1, self.opt.hypers[-1]["lr"], self.loss.detach()))
+            if len(self.losses) >= self.every:
+                self._look()
+
+    def after_train(self) -> None:  # noqa: D102
+        self._look()
+
+    def _look(self) -> None:
+        looked_at, self.losses = self.losses, []
+        if not looked_at or not any_of(~torch.stack([loss for *_, loss in looked_at]).isfinite().all()):
+            return
+        batch, rate, loss = next((one for one in looked_at if not one[2].isfinite()), looked_at[-1])
+        self.problem = (
+            f"the loss became {loss.item()} in epoch {self.history.epochs_done + 1}, batch {batch}, "
+            f"at a learning rate of {rate:.2g}; train with a smaller --lr (see lr-find)"
+        )
+        raise CancelFitException
 
 
 class History(Callback):
@@ -78,19 +110,15 @@ class History(Callback):
         fold: int | None = None,
     ):
         self.file, self.phases, self.multilabel, self.fold = file, phases, multilabel, fold
-        self.earlier = _rows(file) if fold is not None and file.exists() else []
+        earlier = _rows(file) if fold is not None and file.exists() else []
+        self.earlier = [row for row in earlier if int(row["fold"]) < (fold or 0)]
         self.on_epoch, self.on_batch = on_epoch, on_batch
         self.rows: list[dict] = []
-        self.fits = 0
 
     @property
     def epochs_done(self) -> int:
         """The number of epochs finished, both phases together."""
         return len(self.rows)
-
-    def before_fit(self) -> None:  # noqa: D102
-        self.phase = self.phases[min(self.fits, len(self.phases) - 1)]
-        self.fits += 1
 
     def before_epoch(self) -> None:  # noqa: D102
         self.began = time.perf_counter()
@@ -102,11 +130,13 @@ class History(Callback):
             self.on_batch()
 
     def after_epoch(self) -> None:  # noqa: D102
+        if self.position.skipping:
+            return
         train, valid = (self._joined(training) for training in (True, False))
-        losses = torch.stack([loss for _, _, loss in self.outputs[True]])
+        losses = joined_outputs(torch.stack([loss for _, _, loss in self.outputs[True]]), self.dls.train)
         row = {
             "epoch": self.epochs_done + 1,
-            "phase": self.phase,
+            "phase": self.phases[self.position.phase - 1],
             "train_loss": losses.mean().item(),
             "train_accuracy": self._accuracy(*train),
             "valid_loss": self.loss_func(*valid).item(),
@@ -131,8 +161,9 @@ class History(Callback):
         write_text(self.file, text.getvalue())
 
     def _joined(self, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = self.outputs[training]
-        return torch.cat([logits for logits, _, _ in outputs]), torch.cat([target for _, target, _ in outputs])
+        logits, targets, _ = zip(*self.outputs[training], strict=True)
+        loader = self.dls[0 if training else 1]
+        return joined_outputs(torch.cat(logits), loader), joined_outputs(torch.cat(targets), loader)
 
     def _accuracy(self, logits: torch.Tensor, target: torch.Tensor) -> float:
         if not self.multilabel:
@@ -153,7 +184,7 @@ def _rows(file: Path) -> list[dict]:
 
 
 class BestEpoch(Callback):
-    """Keep the weights of the best epoch of both phases, and stop when it stays the best for `patience` epochs.
+    """Keep the weights of the best epoch of both phases, and stop a phase that brought no better for `patience` epochs.
 
     Best is the highest validation AUROC; of equal ones, the lowest validation loss.
     """
@@ -163,39 +194,259 @@ class BestEpoch(Callback):
     def __init__(self, patience: int):
         self.patience = patience
         self.best: tuple[float, float] | None = None
-        self.epoch_of_best = 0
+        self.epoch_of_best = self.began_after = 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def before_fit(self) -> None:  # noqa: D102
+        self.began_after = self.history.epochs_done
+
+    def before_epoch(self) -> None:  # noqa: D102
+        without_better = self.history.epochs_done - max(self.epoch_of_best, self.began_after)
+        if self.patience and without_better >= self.patience:
+            raise CancelFitException
 
     def after_epoch(self) -> None:  # noqa: D102
+        if self.position.skipping:
+            return
         row = self.history.rows[-1]
         score = (row["valid_auroc"], -row["valid_loss"])
         if self.best is None or score > self.best:
             self.best, self.epoch_of_best = score, row["epoch"]
             self.weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-        elif self.patience and row["epoch"] - self.epoch_of_best >= self.patience:
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` takes."""
+        return {key: getattr(self, key) for key in ("best", "epoch_of_best", "began_after", "weights")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+class Position(Callback):
+    """Which phase and epoch a fit is in; from a checkpoint it goes on exactly where that one was written.
+
+    Phases and epochs that were done are passed over (`skipping`). In the first one that was not, the states of chance
+    are put back right before the next draw, so that on a CPU the run ends as if it had not been cut off.
+    """
+
+    order = 65  # every other callback has begun its fit or epoch by then
+
+    def __init__(self, saved: dict[str, Any] | None = None):
+        self.saved = saved
+        self.phase, self.skipping = 0, False
+
+    def before_fit(self) -> None:  # noqa: D102
+        self.phase += 1
+        if self.saved is not None and self.phase < self.saved["phase"]:
             raise CancelFitException
+        if self.saved is not None and self.phase == self.saved["phase"]:
+            bare(self.model).load_state_dict(self.saved["model"])
+            if self.saved["opt"] is not None:
+                self.opt.load_state_dict(self.saved["opt"])
+            self.history.rows = list(self.saved["history"])
+            self.best_epoch.restore(self.saved["best"])
+
+    def before_epoch(self) -> None:  # noqa: D102
+        saved = self.saved
+        self.skipping = saved is not None and self.phase == saved["phase"] and self.epoch < saved["epoch"]
+        if self.skipping:
+            raise CancelEpochException
+        if saved is None:
+            return
+        chance = partial(set_chance, saved["chance"], self.dls.train)
+        if saved["order"] is None:
+            chance()
+            self.saved = None
+        else:
+            self.dls.train.continues = (saved["order"], saved["films"], chance)
+            self.history.outputs[True] = [tuple(t.to(self.dls.device) for t in one) for one in saved["outputs"]]
+
+    def before_train(self) -> None:  # noqa: D102
+        if self.saved is not None:  # within an epoch
+            self.learn.pct_train = self.saved["pct_train"]
+            self.saved = None
 
 
 class Checkpoint(Callback):
-    """Write checkpoints/last.pth after each epoch: model, optimiser and history; the earlier one stays until then."""
+    """Write all that a fit needs to go on, after each epoch, every so many minutes, and when it is stopped.
+
+    The earlier file stays until the new one is whole. It holds tensors, numbers, text, lists and dicts alone, so that
+    torch's `weights_only` reader takes it.
+    """
 
     order = 70
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, minutes: float = 0):
+        self.file, self.seconds, self.written = file, minutes * 60, time.monotonic()
+        self.writer, self.writing = ThreadPoolExecutor(1), Future[None]()
+        self.writing.set_result(None)
+
+    def before_epoch(self) -> None:  # noqa: D102
+        if not self.position.skipping and not self.file.exists():
+            self.write(self.epoch)
+
+    def after_fit(self) -> None:  # noqa: D102
+        self.finish()
+
+    def close(self) -> None:
+        """Wait for the file, whatever ended the fit."""
+        self.writer.shutdown()
+
+    def finish(self) -> None:
+        """Wait until the file is written; raise what kept it from that."""
+        self.writing.result()
+
+    def after_batch(self) -> None:  # noqa: D102
+        waiting = getattr(self.learn, "gradient_accumulation", None)
+        if not self.training or (waiting is not None and waiting.count) or world() > 1:
+            return
+        due = self.seconds and time.monotonic() - self.written >= self.seconds
+        if due or self.stop_signal.received:
+            self.write(self.epoch, within=True)
 
     def after_epoch(self) -> None:  # noqa: D102
-        optimizer = self.opt.state_dict()
+        if not self.position.skipping:
+            self.write(self.epoch + 1)
+
+    def write(self, epochs: int, *, within: bool = False) -> None:
+        """Write the file, beside what goes on; `epochs` of this phase are done, `within` some batches of the next."""
+        train = self.dls.train
+        self.finish()
         state = {
-            "model": self.model.state_dict(),
-            # plain lists and numbers: torch's weights_only reader takes no class of fastcore's or numpy's
-            "opt": {
-                "state": list(optimizer["state"]),
-                "hypers": [{name: float(value) for name, value in group.items()} for group in optimizer["hypers"]],
-            },
+            "phase": self.position.phase,
+            "epoch": epochs,
+            "order": list(train.order) if within else None,
+            "films": len(self.history.outputs[True]) * train.bs if within else 0,
+            "outputs": self.history.outputs[True] if within else [],
+            "pct_train": self.learn.pct_train if within else 0.0,
+            "model": bare(self.model).state_dict(),
+            "opt": self.opt.state_dict(),
             "history": self.history.rows,
+            "best": self.best_epoch.state(),
+            "chance": chance_of(train),
         }
-        with atomic_path(self.file) as temporary:
-            torch.save(state, temporary)
+        self.writing = self.writer.submit(_write, self.file, frozen(state))
+        self.written = time.monotonic()
+
+
+def _write(file: Path, state: dict[str, Any]) -> None:
+    with atomic_path(file) as temporary:
+        torch.save(state, temporary)
+
+
+def frozen(value: Any) -> Any:
+    """Return a copy that later steps do not change, of plain kinds alone: tensors on the CPU, numbers for numpy's."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().as_subclass(torch.Tensor).to("cpu", copy=True)  # type: ignore[arg-type]
+    if isinstance(value, dict):
+        return {key: frozen(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(frozen(one) for one in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside what several processes train."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def chance_of(train: DataLoader) -> dict[str, Any]:
+    """Return the states of all generators that a fit draws from, as plain values."""
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 (fastai draws from it)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    train = getattr(train, "dl", train)  # what several processes share
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": numpy_state,
+        "python": _plain(random.getstate()),
+        "order": _plain(train.rng.getstate()),
+    }
+
+
+def set_chance(state: dict[str, Any], train: DataLoader) -> None:
+    """Put back what `chance_of` returned."""
+    train = getattr(train, "dl", train)
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    numpy_state = {**state["numpy"], "state": {**state["numpy"]["state"]}}
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    random.setstate(_drawn(state["python"]))
+    train.rng.setstate(_drawn(state["order"]))
+
+
+def _plain(state: tuple) -> list:
+    return [state[0], list(state[1]), state[2]]
+
+
+def _drawn(state: list) -> tuple:
+    return (state[0], tuple(state[1]), state[2])
+
+
+class GraphedStep(Callback):
+    """Record forward pass, loss and backward pass once a phase as one CUDA graph, and replay it with each batch.
+
+    A DenseNet121 step on 16 films is some two thousand small kernels, which the processor launches several times more
+    slowly than a large GPU runs them. The optimiser and all other callbacks work as ever.
+    """
+
+    def before_fit(self) -> None:  # noqa: D102
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.learn._do_one_batch = self.one_batch
+
+    def after_fit(self) -> None:  # noqa: D102
+        del self.learn._do_one_batch  # the class's own stands again
+        self.graph = None
+        self.learn.model.zero_grad(set_to_none=True)
+
+    def one_batch(self) -> None:
+        """Do what fastai's `Learner._do_one_batch` does."""
+        learn = self.learn
+        if not self.training or hasattr(learn, "gradient_accumulation"):
+            type(learn)._do_one_batch(learn)
+            return
+        graph = self.graph = self.graph or self.record()
+        for static, given in zip((self.films, self.targets), (*self.xb, *self.yb), strict=True):
+            static.copy_(given)
+        graph.replay()
+        learn.pred = self.logits.detach().clone()
+        learn("after_pred")
+        learn.loss_grad = learn.loss = self.value.detach().clone()
+        learn("after_loss")
+        learn._with_events(lambda: None, "backward", CancelBackwardException)
+        learn._with_events(learn._step, "step", CancelStepException)  # the next replay writes the gradients anew
+
+    def record(self) -> torch.cuda.CUDAGraph:
+        """Record a step on the shapes of the batch at hand."""
+        buffers = [value.clone() for value in self.model.buffers()]
+        self.films, self.targets = (one[0].as_subclass(torch.Tensor).clone() for one in (self.xb, self.yb))
+        kind, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.autocast("cuda", kind, enabled=on, cache_enabled=False):
+                logits = self.model(self.films)
+            logits = logits.float()
+            value = self.loss_func(logits, self.targets)
+            value.backward()
+            return logits, value
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose their kernels
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits, self.value = step()
+        for value, before in zip(self.model.buffers(), buffers, strict=True):  # those steps counted
+            value.copy_(before)
+        return graph
 
 
 class StopSignal(Callback):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from cxr_fastai import __version__
 from cxr_fastai.cli_predict import print_json, receiver
@@ -24,6 +25,8 @@ from cxr_fastai.config import (
     UNCERTAIN,
     GenerateConfig,
     TrainConfig,
+    rank,
+    world,
 )
 from cxr_fastai.errors import CxrError, UsageError
 
@@ -185,12 +188,15 @@ def make_phantoms(config: GenerateConfig, console: Any) -> dict[str, Any]:
 def ensure_phantoms(data: Path | None, console: Any) -> None:
     """Make the default folder of phantoms where no data is given and it is not there."""
     if data is None and not (Path(DEFAULT_DATA) / "dataset.json").is_file():
+        if world() > 1:
+            raise UsageError(f"no films in {DEFAULT_DATA}, and several processes cannot make them; run generate first")
         console.say(f"No DATA given: making synthetic films in {DEFAULT_DATA}")
         make_phantoms(GenerateConfig(), console)
 
 
 @app.command()
 def train(
+    ctx: typer.Context,
     data: Data = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; else train-001, train-002 ...")] = None,
     out: Annotated[str, typer.Option(help="Folder of run folders.")] = TrainConfig.out,
@@ -252,22 +258,42 @@ def train(
         float | None, typer.Option(help="Likewise; without either, Youden's.", rich_help_panel="Training")
     ] = None,
     prevalence: Prevalence = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a run folder that was cut off, with the settings that it was begun with."),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Write a checkpoint so often within an epoch, too; 0: after each epoch.")
+    ] = TrainConfig.checkpoint_minutes,
     as_json: Json = False,
 ) -> None:
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
+    if resume is not None:
+        alone(ctx, "resume", "as_json")
     config = train_config(locals())
     from cxr_fastai.console import Console
 
-    console = Console(machine=as_json)
-    ensure_phantoms(data, console)
+    console = Console(machine=as_json, quiet=rank() > 0)
+    if resume is None:
+        ensure_phantoms(data, console)
     with console.busy("Starting fastai"):
-        from cxr_fastai.training import train as run_training
+        from cxr_fastai import training
 
-    run, metrics = run_training(config, console)
+    run, metrics = training.resume(resume, console) if resume else training.train(config, console)
+    if rank() > 0:
+        return
     show_metrics(metrics, console)
     console.say(f"Run folder: {run}   report: {run / 'report.html'}   next: python cli.py predict IMAGE")
     if as_json:
         print_json({**metrics, "run": str(run)})
+
+
+def alone(ctx: typer.Context, name: str, *allowed: str) -> None:
+    """Refuse every option beside one that says all."""
+    given = {key for key in ctx.params if ctx.get_parameter_source(key) is not ParameterSource.DEFAULT}
+    if others := sorted(given - {name, *allowed}):
+        flags = ", ".join(key if key == "data" else f"--{key.replace('_', '-')}" for key in others)
+        raise UsageError(f"--{name} takes all settings from the run; leave out {flags}")
 
 
 def train_config(given: dict[str, Any]) -> TrainConfig:

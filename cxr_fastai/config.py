@@ -33,6 +33,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def world() -> int:
+    """Return how many processes train together (set by torchrun or accelerate); 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return the number of this process among them, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def require(condition: bool, flag: str, value: object, allowed: str) -> None:
     """Raise the UsageError of one flag unless `condition` holds."""
     if not condition:
@@ -190,6 +200,7 @@ class TrainConfig(DataConfig):
     dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
     patience: epochs without a better validation AUROC before training stops; 0 never stops.
     precision: of the arithmetic in training; auto is bf16 where the hardware has it, else fp32.
+    checkpoint_minutes: how often a checkpoint is written within an epoch; 0 is at the end of each alone.
     target_sensitivity, target_specificity: what the threshold must reach on validation; neither is Youden's.
     prevalence: at which predictive values are told, besides that of the test films.
     """
@@ -210,6 +221,7 @@ class TrainConfig(DataConfig):
     precision: str = "auto"
     device: str = "auto"
     keep_checkpoints: bool = False
+    checkpoint_minutes: float = 0
     target_sensitivity: float | None = None
     target_specificity: float | None = None
     prevalence: tuple[float, ...] = ()
@@ -237,6 +249,9 @@ class TrainConfig(DataConfig):
         require(0 <= self.weight_decay <= 10, "--weight-decay", self.weight_decay, "from 0 to 10")
         require(0 <= self.dropout < 1, "--dropout", self.dropout, "from 0 to below 1")
         require(0 <= self.augment <= 3, "--augment", self.augment, "from 0 (none) to 3 (strong); 1 is the paper's")
+        require(
+            0 <= self.checkpoint_minutes < float("inf"), "--checkpoint-minutes", self.checkpoint_minutes, "0 or more"
+        )
         require(self.patience >= 0, "--patience", self.patience, "0 (never stop early) or more epochs")
         require(self.precision in PRECISIONS, "--precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.device in DEVICES, "--device", self.device, f"one of {', '.join(DEVICES)}")

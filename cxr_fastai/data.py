@@ -7,7 +7,8 @@ the cache that later runs share (see `cache.py`); a film that cannot be read is 
 All functions that a Learner keeps are named ones of this module, so that its export stores them by reference.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -15,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, MultiCategoryBlock, Normalize, TransformBlock
-from fastai.torch_core import TensorImageBW
-from fastai.vision.augment import PadMode, RandTransform, aug_transforms
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, MultiCategoryBlock, Normalize, TfmdDL, TransformBlock
+from fastai.torch_core import TensorCategory, TensorImageBW, TensorMultiCategory
+from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 
 from cxr_fastai.cache import FilmCache, Place
-from cxr_fastai.config import Limits, TrainConfig
+from cxr_fastai.config import Limits, TrainConfig, usable_cores
 from cxr_fastai.errors import DataError, UnreadableImage
 from cxr_fastai.images import read_bytes, read_radiograph, resize, to_input
 from cxr_fastai.table import targets_of
@@ -31,6 +32,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 UINT16_MAX = 65535
 NAMED_AT_MOST = 5
+# At augmentation 1: shift in parts of the side, degrees, zoom and lighting as fastai counts them.
+SHIFT, MAX_TURN, MAX_ZOOM, MAX_LIGHT = 0.04, 10, 0.1, 0.2
+LOGIT_EPS = 1e-7
+RESIDENT_SHARE = 0.3  # of the free memory of a CUDA device that films may take
+STAGED_FILMS = 512
+VALID_BATCH = 64  # at least so many films at a time on a CUDA device
 
 
 class TensorRadiograph(TensorImageBW):
@@ -43,6 +50,11 @@ def normalised(films: torch.Tensor) -> torch.Tensor:
     """Return films (N, 1, H, W) in [0, 1] as `Normalize` hands them to a network, (N, 3, H, W)."""
     mean, std = (films.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (films - mean) / std
+
+
+def to_uint16(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels in [0, 1] as whole numbers of 16 bit."""
+    return np.round(pixels * UINT16_MAX).astype(np.uint16)
 
 
 class OpenFilm(Transform):
@@ -71,6 +83,15 @@ class OpenFilm(Transform):
         pixels = to_input(read_radiograph(path), self.size) if film is None else film.astype(np.float32) / UINT16_MAX
         return TensorRadiograph(torch.from_numpy(pixels)[None])
 
+    def stack(self, paths: Sequence[str]) -> np.ndarray:
+        """Return films, (N, size, size) uint16 of the whole range; those not at hand are decoded side by side."""
+        places = [self.films.get(path) for path in paths]
+        kept = [self.opened().at(place) if isinstance(place, Place) else place for place in places]
+        missing = [path for path, film in zip(paths, kept, strict=True) if film is None]
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            decoded = pool.map(read_radiograph, missing)
+        return np.stack([to_uint16(to_input(next(decoded), self.size)) if film is None else film for film in kept])
+
     def opened(self) -> FilmCache:
         """Return the cache, opened at the first use; raise UsageError where its settings make no sense."""
         self.cache = self.cache or FilmCache(self.size)
@@ -84,7 +105,7 @@ class OpenFilm(Transform):
         film: Place | np.ndarray | None = cache.find(key)
         if film is None:
             pixels = to_input(read_radiograph(data), self.size)
-            film = cache.keep(key, np.round(pixels * UINT16_MAX).astype(np.uint16))
+            film = cache.keep(key, to_uint16(pixels))
         self.films.pop(path, None)
         if film is not None:
             self.films[path] = film
@@ -107,28 +128,116 @@ class OpenFilm(Transform):
         return {**self.__dict__, "films": places, "identities": {}, "cache": None, "warning": None}
 
 
-class RandomShiftCrop(RandTransform):
-    """Cut a window of the film's own size after moving it by up to `share` of the side; training only.
+class FilmDL(TfmdDL):
+    """fastai's DataLoader, which takes whole batches of films that were read before, instead of one film at a time.
 
-    An item transform: each film of a batch moves its own way. What comes in at the edge repeats the edge.
+    Only after `serve`; a copy made by `new`, as for prediction, reads film by film. Where the films fit into the memory
+    of a CUDA device they lie there, and a batch is one indexing.
+
+    Attributes
+    ----------
+    order : list of int
+        The films of the epoch under way, in the order in which they come.
+    continues : tuple of list of int, int and callable, or None
+        The order of an epoch that was cut off, how many of its films were learned from, and what sets the state of
+        chance right before the next batch; the next pass goes on there.
     """
 
-    split_idx = 0
+    source: "FilmSource | None" = None
+    continues: tuple[list[int], int, Callable[[], None]] | None = None
 
-    def __init__(self, share: float):
+    def serve(self, opener: OpenFilm, paths: Sequence[str], targets: torch.Tensor) -> None:
+        """Take the films at `paths` from `opener` from now on; `targets` (N,) or (N, K) as the loss takes them."""
+        self.source = FilmSource(opener, paths, targets, self.device)
+
+    def get_idxs(self) -> list[int]:  # noqa: D102
+        self.order = super().get_idxs() if self.continues is None else self.continues[0]
+        return self.order
+
+    def create_batches(self, samps: Iterable[int]) -> Iterator[tuple[torch.Tensor, ...]]:  # noqa: D102
+        samps = list(samps)
+        if self.continues is not None:
+            _, done, set_chance = self.continues
+            self.continues, samps = None, samps[done:]
+            set_chance()
+        if self.source is None:
+            yield from super().create_batches(samps)
+        else:
+            yield from (self.source.batch(chunk) for chunk in self.chunkify(samps))
+
+
+class FilmSource:
+    """Films that were read before, with their targets, a batch at a time."""
+
+    def __init__(self, opener: OpenFilm, paths: Sequence[str], targets: torch.Tensor, device: torch.device):
+        self.opener, self.paths, self.targets, self.device = opener, list(paths), targets, device
+        self.kind = TensorMultiCategory if targets.ndim == 2 else TensorCategory
+        self.resident: torch.Tensor | None = None
+        size = len(paths) * 2 * opener.size**2
+        if device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            films = torch.empty(len(paths), 1, opener.size, opener.size, dtype=torch.int16, device=device)
+            for start in range(0, len(paths), STAGED_FILMS):
+                some = self.paths[start : start + STAGED_FILMS]
+                films[start : start + len(some)] = torch.from_numpy(opener.stack(some).view(np.int16))[:, None]
+            self.resident, self.targets = films, targets.to(device)
+
+    def batch(self, chosen: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Return films (N, 1, size, size) in [0, 1] and targets of the chosen numbers."""
+        numbers = torch.as_tensor(chosen, device=self.targets.device)
+        if self.resident is None:
+            whole = torch.from_numpy(self.opener.stack([self.paths[i] for i in chosen]).view(np.int16))[:, None]
+        else:
+            whole = self.resident[numbers]
+        films = (whole.to(torch.int32) & UINT16_MAX).to(torch.float32) / UINT16_MAX
+        return TensorRadiograph(films), self.kind(self.targets[numbers])
+
+
+class VaryFilms(RandTransform):
+    """Flip, turn, zoom, shift and re-expose each film of a batch its own way; training only.
+
+    The paper's flips, rotations, crops and tone changes, with the chances and ranges of fastai's `aug_transforms`. That
+    one computes each on the device as a chain of small steps, half of the time of a training step on a large GPU; here
+    all chance is drawn at once, moves are one resampling, and tone is one curve. There is no perspective warp, which no
+    film has. What comes in at an edge repeats it.
+    """
+
+    order, split_idx = 30, 0
+
+    def __init__(self, strength: float):
         super().__init__(p=1.0)
-        self.share = share
+        self.strength = strength
 
-    def before_call(self, b: object, split_idx: int) -> None:  # noqa: D102
-        super().before_call(b, split_idx)
-        self.shift = np.random.uniform(-self.share, self.share, 2)  # noqa: NPY002 (fastai seeds numpy's global state)
+    def encodes(self, films: TensorRadiograph) -> TensorRadiograph:  # noqa: D102
+        plain = films.as_subclass(torch.Tensor)  # type: ignore[arg-type]
+        moves, tone = draw_moves(len(films), self.strength), draw_tone(len(films), self.strength)
+        grid = torch.nn.functional.affine_grid(moves.to(plain.device), list(plain.shape), align_corners=True)
+        moved = torch.nn.functional.grid_sample(plain, grid, padding_mode="border", align_corners=True)
+        steepness, shift = tone.to(plain.device)[:, :, None, None, None]
+        return TensorRadiograph((moved.logit(LOGIT_EPS) * steepness + shift).sigmoid())
 
-    def encodes(self, film: TensorRadiograph) -> torch.Tensor:  # noqa: D102
-        side = film.shape[-1]
-        margin = int(np.ceil(self.share * side))
-        down, right = (margin + np.round(self.shift * side)).astype(int)
-        padded = torch.nn.functional.pad(film[None], (margin,) * 4, mode="replicate")[0]
-        return padded[:, down : down + side, right : right + side]
+
+def _sometimes(n: int, low: float, high: float, usual: float, share: float = 0.75) -> torch.Tensor:
+    """Draw (n,) from [low, high] for a share of the films; the others get the usual value."""
+    drawn, chosen = torch.rand(2, n)
+    return torch.where(chosen < share, low + (high - low) * drawn, torch.full((n,), usual))
+
+
+def draw_moves(n: int, strength: float) -> torch.Tensor:
+    """Draw matrices (n, 2, 3) from the places of a varied film to those of the film, both from -1 to 1."""
+    mirror = 1.0 - 2.0 * (torch.rand(n) < 0.5)
+    angle = _sometimes(n, -MAX_TURN * strength, MAX_TURN * strength, 0.0).deg2rad()
+    part = 1 / _sometimes(n, 1.0, 1.0 + MAX_ZOOM * strength, 1.0)  # of the side that stays in view
+    centre = (1 - part) * (2 * torch.rand(2, n) - 1) + 2 * SHIFT * strength * (2 * torch.rand(2, n) - 1)
+    across = torch.stack([mirror * angle.cos() * part, mirror * angle.sin() * part, mirror * centre[0]], 1)
+    down = torch.stack([-angle.sin() * part, angle.cos() * part, centre[1]], 1)
+    return torch.stack([across, down], 1)
+
+
+def draw_tone(n: int, strength: float) -> torch.Tensor:
+    """Draw steepness and shift (2, n) of a straight line in the logit of the grey values: contrast and brightness."""
+    most = min(MAX_LIGHT * strength, 0.9)
+    steepness = _sometimes(n, math.log(1 - most), -math.log(1 - most), 0.0).exp()
+    return torch.stack([steepness, _sometimes(n, 0.5 * (1 - most), 0.5 * (1 + most), 0.5).logit()])
 
 
 def film_path(item: pd.Series | str | Path) -> str:
@@ -187,28 +296,10 @@ def by_split(table: pd.DataFrame) -> tuple[list[int], list[int]]:
     return np.flatnonzero(split == "train").tolist(), np.flatnonzero(split == "valid").tolist()
 
 
-def item_transforms(strength: float) -> list[Transform]:
-    """Return the transforms of single films: the random crop."""
-    return [RandomShiftCrop(0.04 * strength)] if strength else []
-
-
 def batch_transforms(strength: float, cuda: bool) -> list[Transform]:
-    """Return the transforms of whole batches: flips, turns, zooms and contrast at `strength`, and Normalize.
-
-    The paper's flips, rotations and tone changes. There is no perspective warp, which no film has.
-    """
-    augment = (
-        aug_transforms(
-            max_rotate=10 * strength,
-            max_zoom=1 + 0.1 * strength,
-            max_lighting=min(0.2 * strength, 0.9),
-            max_warp=0,
-            pad_mode=PadMode.Border,
-        )
-        if strength
-        else []
-    )
-    return [*augment, Normalize.from_stats(IMAGENET_MEAN, IMAGENET_STD, cuda=cuda)]
+    """Return the transforms of whole batches: variation at `strength`, where it is not 0, and Normalize."""
+    vary = [VaryFilms(strength)] if strength else []
+    return [*vary, Normalize.from_stats(IMAGENET_MEAN, IMAGENET_STD, cuda=cuda)]
 
 
 def read_films(opener: OpenFilm, paths: Sequence[str], advance: Callable[[], None]) -> dict[str, str]:
@@ -267,14 +358,19 @@ def make_dataloaders(table: pd.DataFrame, config: TrainConfig, opener: OpenFilm,
     labels = MultiCategoryBlock(encoded=True, vocab=classes) if multilabel else CategoryBlock(vocab=classes)
     block = DataBlock(
         blocks=(TransformBlock(type_tfms=[opener]), labels),
+        dl_type=FilmDL,
         get_x=film_path,
         get_y=film_targets if multilabel else film_label,
         splitter=by_split,
-        item_tfms=item_transforms(config.augment),
         batch_tfms=batch_transforms(config.augment, device.type == "cuda"),
     )
-    films_in_training = int((seen["split"] == "train").sum())
+    parts = [seen[seen["split"] == name] for name in ("train", "valid")]
     # Films are in memory: worker processes would cost more than they save.
-    return block.dataloaders(
-        seen, bs=min(config.batch_size, films_in_training), num_workers=0, device=device, path=config.out
-    )
+    dls = block.dataloaders(
+        seen, bs=min(config.batch_size, len(parts[0])), num_workers=0, device=device, path=config.out,
+        val_bs=max(config.batch_size, VALID_BATCH) if device.type == "cuda" else config.batch_size,
+    )  # fmt: skip
+    for dl, part in zip(dls, parts, strict=True):
+        known = np.stack(part["targets"].tolist()) if multilabel else targets_of(part, classes).argmax(1)
+        dl.serve(opener, part["path"].tolist(), torch.from_numpy(known))
+    return dls

@@ -6,6 +6,8 @@
 `training.py` does it once, or once a fold.
 """
 
+import contextlib
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,33 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from torch import nn
 
-from cxr_fastai.callbacks import Autocast, BestEpoch, Checkpoint, FiniteLoss, History, StopSignal
-from cxr_fastai.config import TrainConfig
+from cxr_fastai.callbacks import (
+    Autocast,
+    BestEpoch,
+    Checkpoint,
+    FiniteLoss,
+    GraphedStep,
+    History,
+    Position,
+    StopSignal,
+)
+from cxr_fastai.config import TrainConfig, world
 from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
-from cxr_fastai.errors import Interrupted, TrainingError, UsageError
+from cxr_fastai.errors import Interrupted, ModelFileError, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
 # those learned from phantoms must move further to see real films.
 LR_MULT, PHANTOM_LR_MULT = 100, 2
+LOOK_EVERY = 32  # batches on a CUDA device between looks at the loss
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 
 
@@ -84,6 +97,10 @@ def build_learner(
     learn.add_cb(ChannelsLast())
     if precision != "fp32":
         learn.add_cb(MixedPrecision(precision) if device.type == "cuda" else Autocast())
+    if world() > 1:
+        from cxr_fastai.together import train_together  # needs accelerate, which few have
+
+        train_together(learn, config.seed)
     return learn, loaded, weights
 
 
@@ -123,26 +140,90 @@ def fit(
 ) -> None:
     """Run both phases of `fine_tune`, write history.csv, and keep the best epoch of both.
 
-    `watchers` are told of every batch and epoch, too; after an epoch, `learn.history.rows[-1]` is its row.
-
     A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
     first epoch, at one learning rate for all layers, for as many epochs as both phases have.
+
+    A checkpoint in the run folder is gone on from. Where memory runs out, the fit goes on from the last one with half
+    the films at a time, gradients added up to the batch that was asked for.
+
+    `watchers` are told of every batch and epoch, too; after an epoch, `learn.history.rows[-1]` is its row.
     """
+    checkpoint = run / "checkpoints" / ("last.pth" if fold is None else f"fold-{fold}.pth")
+    while True:
+        try:
+            best, done = _fit(learn, config, weights, checkpoint, console, fold, watchers)
+            break
+        except RuntimeError as error:
+            at_once = learn.dls.bs
+            if not _out_of_memory(error) or at_once < 2 or world() > 1:
+                raise
+            console.warn(
+                "out of memory",
+                f"{at_once} films at a time are too many for the {learn.dls.device.type}; going on from the last "
+                f"checkpoint with {at_once // 2}, gradients added up to {config.batch_size}",
+            )
+        halve_batch(learn, config)
+    learn.model.load_state_dict(best.weights)
+    console.say(f"Best epoch: {best.epoch_of_best} of {done} (by validation AUROC); its weights are kept")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch's allocator for the CPU raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "enough memory" in str(error)
+
+
+def halve_batch(learn: Learner, config: TrainConfig) -> None:
+    """Take half as many films at a time from now on, and step when as many as the config's batch were seen."""
+    for cb in learn.cbs:  # the step that failed may have left the lower precision switched on
+        if isinstance(cb, Autocast | MixedPrecision) and torch.is_autocast_enabled(learn.dls.device.type):
+            (cb.context if isinstance(cb, Autocast) else cb.autocast).__exit__(None, None, None)
+    learn.zero_grad(set_to_none=True)
+    learn.opt = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    half = learn.dls.bs // 2
+    for dl in learn.dls.loaders:
+        dl.bs = half
+    learn.remove_cbs(GradientAccumulation)
+    learn.add_cb(GradientAccumulation(min(config.batch_size, len(learn.dls.train_ds))))
+
+
+def _fit(
+    learn: Learner,
+    config: TrainConfig,
+    weights: LoadedWeights,
+    checkpoint: Path,
+    console: Console,
+    fold: int | None,
+    watchers: Sequence[Callback],
+) -> tuple[BestEpoch, int]:
     frozen = config.freeze_epochs if weights.pretrained else 0
     phases = [FROZEN] * bool(frozen) + [FINE_TUNE if weights.pretrained else FROM_SCRATCH]
     epochs = config.epochs + config.freeze_epochs
-    finite, best, stop = FiniteLoss(), BestEpoch(config.patience), StopSignal()
-    multilabel = isinstance(learn.loss_func, KnownBCE)
+    cuda = learn.dls.device.type == "cuda"
+    finite, best, stop = FiniteLoss(LOOK_EVERY if cuda else 1), BestEpoch(config.patience), StopSignal()
+    position = Position(read_checkpoint(checkpoint) if checkpoint.exists() else None)
     lr = config.lr or TrainConfig.lr
 
     def say(row: dict[str, Any]) -> None:
         console.say(epoch_line(row, epochs))
 
-    checkpoint = run / "checkpoints" / ("last.pth" if fold is None else f"fold-{fold}.pth")
     with console.progress("Training batches", epochs * len(learn.dls.train)) as advance:
-        history = History(run / "history.csv", phases, multilabel, say, advance, fold)
-        callbacks = [finite, history, best, Checkpoint(checkpoint), stop, *watchers]
-        with learn.added_cbs(callbacks), stop.listening(), learn.no_bar(), learn.no_logging():
+        multilabel = isinstance(learn.loss_func, KnownBCE)
+        history = History(checkpoint.parents[1] / "history.csv", phases, multilabel, say, advance, fold)
+        saving = Checkpoint(checkpoint, config.checkpoint_minutes)
+        callbacks = [finite, history, best, position, saving, stop, *watchers]
+        if cuda and world() == 1:
+            callbacks.append(GraphedStep())
+        # fastai's own Recorder waits for the device at every step; History has what it records.
+        with (
+            learn.removed_cbs([learn.recorder]),
+            learn.added_cbs(callbacks),
+            stop.listening(),
+            learn.no_bar(),
+            learn.no_logging(),
+            contextlib.closing(saving),
+        ):
             if frozen:
                 lr_mult = PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
                 learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=lr_mult)
@@ -152,17 +233,22 @@ def fit(
     if finite.problem:
         raise TrainingError(finite.problem)
     if stop.received:
-        raise Interrupted(_stopped(stop.received, history.epochs_done, epochs, checkpoint))
-    learn.model.load_state_dict(best.weights)
-    console.say(
-        f"Best epoch: {best.epoch_of_best} of {history.epochs_done} (by validation AUROC); its weights are kept"
-    )
+        raise Interrupted(
+            f"stopped by {stop.received} after {history.epochs_done} of {epochs} epochs; go on with "
+            f"train --resume {checkpoint.parents[1]}"
+        )
+    return best, history.epochs_done
 
 
-def _stopped(signal_name: str, done: int, epochs: int, checkpoint: Path) -> str:
-    if not done:
-        return f"stopped by {signal_name} before the first epoch ended; nothing to keep in {checkpoint.parents[1]}"
-    return f"stopped by {signal_name}; epoch {done} of {epochs} is saved, go on from it with --weights {checkpoint}"
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Return what `Checkpoint` wrote; ModelFileError where the file is not whole or not one of ours."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if missing := {"phase", "epoch", "model", "opt", "history", "best", "chance"} - set(state):
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except Exception as error:  # a damaged file can raise anything in torch's reader
+        raise ModelFileError(f"{file}: not a checkpoint ({error}); train again") from error
+    return state
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

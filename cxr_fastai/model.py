@@ -21,7 +21,7 @@ import torch
 import torchvision
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner
-from fastai.optimizer import Adam
+from fastai.optimizer import OptimWrapper
 from fastai.vision.learner import create_body, model_meta, vision_learner
 from safetensors.torch import load_file
 from torch import nn
@@ -89,6 +89,14 @@ def count_features(name: str) -> int:
         return make_body(name)[0].eval()(torch.empty(1, 3, 64, 64)).shape[1]
 
 
+def adam(groups: Sequence[Any], lr: float) -> OptimWrapper:
+    """Return PyTorch's AdamW, all tensors of a step at once, for fastai: that one's defaults, and its momentum by name.
+
+    fastai's own Adam, the same rule, takes eight operations for each of 364 tensors.
+    """
+    return OptimWrapper(groups, torch.optim.AdamW, lr=lr, betas=(0.9, 0.99), eps=1e-5, fused=True)
+
+
 def make_learner(dls: DataLoaders, config: TrainConfig, loss: nn.Module) -> tuple[Learner, LoadedWeights]:
     """Make the fastai Learner of a run: `vision_learner` with the evidence head, weights as `config.weights` says."""
     learn = vision_learner(
@@ -98,7 +106,8 @@ def make_learner(dls: DataLoaders, config: TrainConfig, loss: nn.Module) -> tupl
         pretrained=False,
         custom_head=EvidenceHead(count_features(config.arch), len(dls.vocab), config.dropout),
         loss_func=loss,
-        opt_func=Adam,
+        opt_func=adam,
+        train_bn=False,  # a frozen body then needs no gradients
         lr=config.lr or TrainConfig.lr,
         wd=config.weight_decay,
         path=Path(config.out),

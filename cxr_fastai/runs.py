@@ -117,10 +117,15 @@ def new_run(out: str, name: str | None) -> Path:
     return run
 
 
-def finish(run: Path) -> None:
-    """Write the manifest of `run`, sweep its temporary files and let `latest` point to it."""
+def sweep_temporary(run: Path) -> None:
+    """Remove what a killed run left half written."""
     for stray in run.rglob(f"{TEMPORARY}*"):
         stray.unlink()
+
+
+def finish(run: Path) -> None:
+    """Write the manifest of `run`, sweep its temporary files and let `latest` point to it."""
+    sweep_temporary(run)
     files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != MANIFEST)
     hashes = {p.relative_to(run).as_posix(): sha256(p) for p in files}
     write_text(run / MANIFEST, json.dumps({"sha256": hashes}, indent=1))

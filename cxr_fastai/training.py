@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from fastai.learner import Learner
 
-from cxr_fastai import __version__
+from cxr_fastai import __version__, ranks
 from cxr_fastai.audit import audit_films, refuse_leaks, too_good
-from cxr_fastai.config import TrainConfig
+from cxr_fastai.config import TrainConfig, rank, world
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm, read_films, without_unreadable
 from cxr_fastai.errors import UsageError
@@ -42,7 +42,7 @@ from cxr_fastai.metrics import conformal_scores, fit_temperature, youden_thresho
 from cxr_fastai.model import LoadedWeights, body_and_head, cooled, ensemble
 from cxr_fastai.outliers import QUANTILE, fit_outliers, limit_of
 from cxr_fastai.predict import Prediction, Predictor, decide
-from cxr_fastai.runs import finish, new_run, read_cells, safe_cell, write_text
+from cxr_fastai.runs import MANIFEST, finish, new_run, read_cells, safe_cell, sweep_temporary, write_text
 from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, given_split, split_table
 from cxr_fastai.table import load_table, positive_class, targets_of
 
@@ -68,25 +68,66 @@ def train(config: TrainConfig, console: Console = QUIET) -> tuple[Path, dict[str
     CxrError
         Where the data, the options or the training cannot go on; what was finished before stays.
     """
-    run = new_run(config.out, config.name)
-    try:
+    with ranks.joined(choose_device(config.device).type == "cuda"):
+        run = Path(ranks.said_by_first(None if rank() else str(new_run(config.out, config.name))))
+        try:
+            return run, _train_into(run, config, console)
+        except BaseException:
+            if not rank() and not (run / "checkpoints").exists():  # nothing was learned
+                shutil.rmtree(run)
+            raise
+
+
+def resume(folder: str | Path, console: Console = QUIET) -> tuple[Path, dict[str, Any]]:
+    """Go on with a run that was cut off, as it was asked for; on a CPU it ends as if nothing had happened.
+
+    Raises
+    ------
+    UsageError
+        Where there is no such run, it is finished, or its films or their split are not what they were.
+    """
+    run = Path(folder)
+    if (run / MANIFEST).is_file():
+        raise UsageError(f"--resume {folder}: that run is finished; train a new one, or start from it with --weights")
+    if not (run / "config.json").is_file():
+        raise UsageError(f"--resume {folder}: no run there that was cut off (it has no config.json)")
+    config = TrainConfig.from_json(json.dumps(json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]))
+    with ranks.joined(choose_device(config.device).type == "cuda"):
+        sweep_temporary(run)
+        console.say(f"Going on with {run}")
         return run, _train_into(run, config, console)
-    except BaseException:
-        if not (run / "history.csv").exists():  # not one epoch: nothing in there is of use
-            shutil.rmtree(run)
-        raise
 
 
-def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+def refuse_other_films(run: Path, table: pd.DataFrame) -> None:
+    """Refuse to go on with a run where the films or their split changed since it was cut off."""
+    before, columns = read_cells(run / "split.csv"), ["path", "label", "split"]
+    if not before[columns].equals(table[columns].astype(str)):
+        raise UsageError(
+            f"--resume {run}: the films or their split are not those of {run / 'split.csv'} "
+            f"({len(before)} films then, {len(table)} now); train a new run"
+        )
+
+
+def _train_into(folder: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train in a run folder and return what metrics.json holds; where several processes train, only the first does."""
+    if config.lr is None and world() > 1:
+        raise UsageError("--lr auto: several processes cannot find it together; run lr-find first and give --lr")
     table = prepare_table(config, console)
     device = choose_device(config.device)
     opener = OpenFilm(config.size)
-    table = read_all(table, config, opener, console)
-    audit(run, table, config, opener, console)
-    if config.lr is None:
-        config = with_found_rate(config, table, opener, device, run, console)
-    write_record(run, config, table, device)
-    learn, card = train_folds(run, table, config, opener, device, console)
+    with ranks.first_alone():
+        table = read_all(table, config, opener, console)
+    with ranks.own_folder(folder) as run:
+        if not rank():
+            audit(run, table, config, opener, console)
+        if (run / "split.csv").is_file():
+            refuse_other_films(run, table)
+        if config.lr is None:
+            config = with_found_rate(config, table, opener, device, run, console)
+        write_record(run, config, table, device)
+        learn, card = train_folds(run, table, config, opener, device, console)
+        if rank():
+            return {}
     export_both(run, learn, card, table, config, opener, device, console)
     metrics = test_and_report(run, table, config, console)
     if not config.keep_checkpoints:

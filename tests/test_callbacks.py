@@ -18,15 +18,18 @@ from cxr_fastai.training import train
 def after_epochs(callback: BestEpoch, scores: list[tuple[float, float]]) -> int:
     """Feed (AUROC, loss) of epochs to the callback, each with its own weight; return after how many it stopped."""
     model = nn.Linear(1, 1)
-    rows: list[dict] = []
-    callback.learn = SimpleNamespace(model=model, history=SimpleNamespace(rows=rows))
+    history = SimpleNamespace(rows=[], epochs_done=0)
+    callback.learn = SimpleNamespace(model=model, history=history, position=SimpleNamespace(skipping=False))
+    callback.before_fit()
     for epoch, (auroc, loss) in enumerate(scores, 1):
-        model.weight.data.fill_(epoch)
-        rows.append({"epoch": epoch, "valid_auroc": auroc, "valid_loss": loss})
         try:
-            callback.after_epoch()
+            callback.before_epoch()
         except CancelFitException:
-            return epoch
+            return epoch - 1
+        model.weight.data.fill_(epoch)
+        history.rows.append({"epoch": epoch, "valid_auroc": auroc, "valid_loss": loss})
+        history.epochs_done = epoch
+        callback.after_epoch()
     return len(scores)
 
 
