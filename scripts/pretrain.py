@@ -3,10 +3,14 @@
     python scripts/pretrain.py --out DIR --size 128 --images 200000
     python scripts/pretrain.py --out DIR --size 224 --images 20000 --decay
     python scripts/pretrain.py --out DIR --export cxr_fastai/weights/densenet121-phantom.safetensors
+    python scripts/pretrain.py --out DIR --start FILE.safetensors --minutes 5 --batch 128 --rate 2e-3 --workers 15 \
+        --shards 1 --device cuda
 
 Each call is a stage that goes on from DIR/checkpoint.pt: warm-up, then a constant rate, which `--decay` takes down to
-zero over its stage (Hu et al., MiniCPM, 2024). SIGTERM or Ctrl-C saves and ends; `--resume` ends the stage that was
-cut off. Out: DIR/checkpoint.pt, DIR/log.jsonl, and by `--export` the averaged weights with a card beside them.
+zero over its stage (Hu et al., MiniCPM, 2024). A stage ends after `--images` films or `--minutes`, whichever comes
+first, and decays by whichever it is given (by time, if both). `--start` begins a new run with exported weights.
+SIGTERM or Ctrl-C saves and ends; `--resume` ends the stage that was cut off. Out: DIR/checkpoint.pt, DIR/log.jsonl, and
+by `--export` the averaged weights with a card beside them.
 
 The network learns which of the eight findings a film shows, where (on the grid of the last features: the evidence
 must point at the finding), its view and the size of the heart. All chance of a film comes from its number (see
@@ -14,6 +18,7 @@ pretrain_films.py), so that a resumed run goes on exactly, and no film comes twi
 """
 
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -30,7 +35,8 @@ import torch.nn.functional as F
 import torchvision
 import typer
 from pretrain_films import HELD_OUT, TRAINING, Batches
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from cxr_fastai.data import normalised
 from cxr_fastai.errors import UsageError
@@ -44,7 +50,8 @@ EMA = 0.995  # a step
 WEIGHT_DECAY = 0.05
 LOSS_WEIGHTS = {"findings": 1.0, "places": 4.0, "view": 0.1, "heart": 0.2}
 SAVE_SECONDS = 180.0
-CHECK_EVERY = 6000  # films
+CHECK_EVERY, CHECK_SECONDS = 6000, 45.0  # films and seconds that must both have passed before the next judging
+ENDLESS = 10**9  # films of a stage that only time ends
 
 
 class Pretrainer(torch.nn.Module):
@@ -123,8 +130,13 @@ class Run:
         self.model = Pretrainer().to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for p in self.model.parameters() if p.ndim in (2, 4)]
-        others = [p for p in self.model.parameters() if p.ndim not in (2, 4)]
-        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
+        others = [p for p in self.model.parameters() if p.ndim not in (2, 3, 4)]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": others},
+            # Not in exported weights: a run that starts from those finds them in hundreds of steps, not in thousands.
+            {"params": [self.model.scale, self.model.shift], "faster": 10.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
         self.at: dict[str, Any] = {"seed": seed, "seen": 0, "steps": 0, "seconds": 0.0, "stages": []}
         if self.checkpoint.is_file():
@@ -138,22 +150,43 @@ class Run:
         """Where the run is saved. Nothing is drawn outside the films, so that their number is the state of chance."""
         return self.out / "checkpoint.pt"
 
+    def start_from(self, path: Path) -> None:
+        """Take the network and the heads of the findings from exported weights, and record which."""
+        known = self.model.state_dict()
+        given = {name.replace("findings.", "findings.linear."): value for name, value in load_file(path).items()}
+        wanted = {name for name in known if name.startswith(("features.", "findings."))}
+        lacking = wanted - given.keys()
+        other = [name for name in wanted & given.keys() if given[name].shape != known[name].shape]
+        if lacking or other:
+            name = sorted(lacking or other)[0]
+            raise UsageError(f"--start: {path} does not fit: {name} is missing or of another shape")
+        for network in (self.model, self.average):
+            network.load_state_dict({name: given[name] for name in wanted}, strict=False)
+        with safe_open(path, "pt") as opened:
+            seen = (opened.metadata() or {}).get("images_seen", "an unknown number of")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self.at["started_from"] = f"{path.name}, sha256 {digest}, {seen} images seen"
+
     def save(self) -> None:
         """Write the checkpoint beside its place, then put it there."""
         state = {part: getattr(self, part).state_dict() for part in ("model", "average", "optimizer")}
         torch.save({**state, "at": self.at}, self.checkpoint.with_suffix(".new"))
         self.checkpoint.with_suffix(".new").replace(self.checkpoint)
 
-    def step(self, batch: dict[str, torch.Tensor], rate: float) -> dict[str, float]:
-        """Learn from one batch; return the parts of its loss."""
+    def step(self, batch: dict[str, torch.Tensor], rate: float) -> torch.Tensor:
+        """Learn from one batch; return the parts of its loss, where they are, so that nothing waits for them."""
         size = -(-len(batch["pixels"]) // self.shards)
         split = {key: value.to(self.device, non_blocking=True).split(size) for key, value in batch.items()}
         shards = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
-        with ThreadPoolExecutor(self.shards) as pool:
-            each = list(pool.map(self.learn, shards, [len(shard["pixels"]) / len(batch["pixels"]) for shard in shards]))
+        shares = [len(shard["pixels"]) / len(batch["pixels"]) for shard in shards]
+        if len(shards) > 1:
+            with ThreadPoolExecutor(self.shards) as pool:
+                each = list(pool.map(self.learn, shards, shares))
+        else:
+            each = [self.learn(shards[0], shares[0])]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("faster", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.at["steps"] += 1
@@ -162,41 +195,49 @@ class Run:
             for network in (self.average, self.model)
         )
         torch._foreach_lerp_(ours, theirs, 1 - min(EMA, self.at["steps"] / (10 + self.at["steps"])))
-        return {name: sum(parts[name] for parts in each) for name in LOSS_WEIGHTS}
+        return torch.stack(each).sum(0)
 
-    def learn(self, shard: dict[str, torch.Tensor], share: float) -> dict[str, float]:
+    def learn(self, shard: dict[str, torch.Tensor], share: float) -> torch.Tensor:
         """Add the gradient of a share of a batch; return the parts of its loss, of which the batch's is the sum."""
         parts = {name: share * part for name, part in self.model.losses(shard).items()}
         sum(LOSS_WEIGHTS[name] * part for name, part in parts.items()).backward()
-        return {name: float(part.detach()) for name, part in parts.items()}
+        return torch.stack([parts[name].detach() for name in LOSS_WEIGHTS])
 
     def rate(self, peak: float) -> float:
         """Return the learning rate at the counter: up at first, then constant, down to 0 over a decaying stage."""
+        return peak * min(1.0, (self.at["seen"] + 1) / WARM_UP) * (self.left() if self.at["stages"][-1]["decay"] else 1)
+
+    def left(self) -> float:
+        """Return the share of the last stage that is still to come, of its minutes if it was given some."""
         stage = self.at["stages"][-1]
-        left = 1 - (self.at["seen"] - stage["start"]) / stage["images"] if stage["decay"] else 1.0
-        return peak * min(1.0, (self.at["seen"] + 1) / WARM_UP) * left
+        if stage.get("minutes"):
+            return max(0.0, 1 - (self.at["seconds"] - stage["began"]) / (60 * stage["minutes"]))
+        return 1 - (self.at["seen"] - stage["start"]) / stage["images"]
 
     def begin(self, stage: dict[str, Any]) -> None:
         """Start a stage; one that was cut off before it keeps what it saw."""
         for last in self.at["stages"][-1:]:
             last["images"] = self.at["seen"] - last["start"]
-        self.at["stages"].append({**stage, "start": self.at["seen"]})
+        self.at["stages"].append({**stage, "start": self.at["seen"], "began": self.at["seconds"]})
 
     def train(self, batch: int, peak: float, workers: int) -> None:
         """Train to the end of the last stage, or until a signal comes."""
         stage, began = self.at["stages"][-1], time.time() - self.at["seconds"]
-        held_out = Batches(self.at["seed"], HELD_OUT, stage["size"], 50)
-        judged = [held_out[index] for index in range(N_HELD_OUT // 50)]
+        held_out = torch.utils.data.DataLoader(
+            Batches(self.at["seed"], HELD_OUT, stage["size"], 50), batch_size=None, sampler=range(N_HELD_OUT // 50),
+            num_workers=min(workers, N_HELD_OUT // 50), worker_init_fn=begin_worker,
+        )  # fmt: skip
+        judged = list(held_out)
         first, end = -(-self.at["seen"] // batch), -(-(stage["start"] + stage["images"]) // batch)
         loader = torch.utils.data.DataLoader(
             Batches(self.at["seed"], TRAINING, stage["size"], batch),
             batch_size=None, sampler=range(first, end), num_workers=workers,
-            prefetch_factor=4 if workers else None, worker_init_fn=leave_signals, pin_memory=self.device == "cuda",
+            prefetch_factor=2 if workers else None, worker_init_fn=begin_worker, pin_memory=self.device == "cuda",
         )  # fmt: skip
         stopped: list[int] = []
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda number, _: stopped.append(number))
-        losses: list[dict[str, float]] = []
+        losses: list[torch.Tensor] = []
         saved = checked = time.time()
         for index, films in zip(range(first, end), loader, strict=False):
             losses.append(self.step(films, self.rate(peak)))
@@ -204,17 +245,22 @@ class Run:
             if time.time() - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.time()
-            if len(losses) * batch >= CHECK_EVERY or index + 1 == end or stopped:
+            due = len(losses) * batch >= CHECK_EVERY and time.time() - checked > CHECK_SECONDS
+            last = index + 1 == end or self.left() <= 0
+            if due or last or stopped:
                 speed = len(losses) * batch / (time.time() - checked)
                 self.log(losses, speed, judge(self.average, judged, self.device) if not stopped else {})
                 losses, checked = [], time.time()
-            if stopped:
+            if last:
+                stage["images"] = self.at["seen"] - stage["start"]  # --resume has nothing left to do
+            if last or stopped:
                 break
         self.save()
 
-    def log(self, losses: list[dict[str, float]], speed: float, figures: dict[str, Any]) -> None:
+    def log(self, losses: list[torch.Tensor], speed: float, figures: dict[str, Any]) -> None:
         """Add a line to log.jsonl, and a short one to the terminal."""
-        loss = {name: round(float(np.mean([one[name] for one in losses])), 4) for name in LOSS_WEIGHTS}
+        means = torch.stack(losses).mean(0).tolist()
+        loss = {name: round(mean, 4) for name, mean in zip(LOSS_WEIGHTS, means, strict=True)}
         line = {"seen": self.at["seen"], "seconds": round(self.at["seconds"]), "images_per_second": round(speed, 1),
                 "size": self.at["stages"][-1]["size"], "rate": self.optimizer.param_groups[0]["lr"], "loss": loss,
                 **figures}  # fmt: skip
@@ -225,8 +271,10 @@ class Run:
                        for key, value in shown.items()), flush=True)  # fmt: skip
 
 
-def leave_signals(_: int) -> None:
-    """In a worker: leave signals to the parent, which saves first and then ends its workers."""
+def begin_worker(_: int) -> None:
+    """In a worker: one thread, and signals left to the parent, which saves first and then ends its workers."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -242,7 +290,9 @@ def describe(run: Run) -> dict[str, str]:
         f"{min(s['images'], run.at['seen'] - s['start'])} at {s['size']} pixels{', rate to 0' if s['decay'] else ''}"
         for s in run.at["stages"]
     ]
+    start = {"started_from": run.at["started_from"]} if "started_from" in run.at else {}
     return {
+        **start,
         "images_seen": str(run.at["seen"]),
         "stages": "; ".join(stages),
         "seconds": str(round(run.at["seconds"])),
@@ -294,7 +344,9 @@ def card(record: dict[str, str], last: dict[str, Any]) -> str:
 def main(
     out: Annotated[Path, typer.Option(help="folder of the run; what is there goes on")],
     size: Annotated[int, typer.Option(help="side of the films, a multiple of 32")] = 128,
-    images: Annotated[int, typer.Option(help="films of a new stage; 0 starts none")] = 0,
+    images: Annotated[int, typer.Option(help="films of a new stage; 0 without --minutes starts none")] = 0,
+    minutes: Annotated[float, typer.Option(help="end the new stage after so many minutes; 0 for no limit")] = 0.0,
+    start: Annotated[Path | None, typer.Option(help="weights that a new run begins with, .safetensors")] = None,
     decay: Annotated[bool, typer.Option(help="take the rate down to 0 over the new stage")] = False,
     resume: Annotated[bool, typer.Option(help="end the stage that was cut off, as it was asked for")] = False,
     export_to: Annotated[Path | None, typer.Option("--export", help="then write the weights, .safetensors")] = None,
@@ -306,17 +358,24 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     seed: Annotated[int, typer.Option(help="of a new run; what is there keeps its own")] = 0,
 ) -> None:
-    if resume and images:
-        raise UsageError("--resume ends the stage that was cut off: leave --images out")
+    if resume and (images or minutes):
+        raise UsageError("--resume ends the stage that was cut off: leave --images and --minutes out")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     run = Run(out, seed, device, shards)
+    if start:
+        if run.at["stages"]:
+            raise UsageError(f"--start begins a new run, but {out} holds one: leave --start out")
+        run.start_from(start)
     if resume and not run.at["stages"]:
         raise UsageError(f"--resume: {out} holds no checkpoint; start a stage with --images")
-    if images:
-        run.begin({"size": size, "images": images, "decay": decay})
-    if images or resume:
+    if images or minutes:
+        run.begin({"size": size, "images": images or ENDLESS, "decay": decay, "minutes": minutes})
+    if images or minutes or resume:
         run.train(batch, rate, workers)
     if export_to:
         export(run, export_to)

@@ -120,6 +120,20 @@ def test_binary_folder_is_what_the_design_says(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
 
 
+@pytest.mark.parametrize(("form", "side"), [(0.6, 0), (0.6, -1), (0.9, 0), (0.9, 1)])
+def test_patchy_consolidation_lies_in_the_lungs_that_it_says(form, side):
+    for seed in range(3):
+        parameters = sample(np.random.default_rng(seed), findings=["Consolidation"], difficulty=0.3)
+        finding = replace(parameters.findings[0], form=form, side=side)
+        film = render(replace(parameters, findings=(finding,)), 128)
+        plain = render(replace(parameters, findings=()), 128)
+        mask, change = film.masks["Consolidation"], film.pixels - plain.pixels
+        assert 0.001 < mask.mean() < 0.3
+        assert change[mask].mean() > change[~mask].mean() + 0.02
+        if side:
+            assert mask[:, :64].mean() * side < mask[:, 64:].mean() * side
+
+
 def test_masks_exist_for_abnormal_films_only(tmp_path):
     table = make(tmp_path / "set", n=24)
     expected = {

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cxr_fastai.errors import UsageError
 from cxr_fastai.model import load_weights, make_body
@@ -20,7 +21,7 @@ from cxr_fastai.phantom import FINDINGS
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import pretrain
 import pretrain_films
-from pretrain_films import HELD_OUT, TRAINING, Batches, move
+from pretrain_films import HELD_OUT, TRAINING, Batches, collimate, draw_findings, move
 
 
 @pytest.fixture
@@ -135,8 +136,62 @@ def test_exported_weights_load(tmp_path: Path) -> None:
     assert "| images seen | 7 |" in file.with_suffix(".md").read_text()
 
 
+def test_a_border_cuts_off_what_lies_under_it() -> None:
+    masks = torch.ones(64, 1, 16, 16)
+    pixels, left = collimate(torch.full((64, 1, 64, 64), 0.5), masks, torch.Generator().manual_seed(0))
+    share = left.mean((1, 2, 3))
+    assert 0.1 < (share < 1).float().mean() < 0.6
+    kept = torch.nn.functional.interpolate(left, scale_factor=4) > 0
+    inside = torch.nn.functional.avg_pool2d(kept.float(), 9, 1, 4, count_include_pad=True) > 0.99
+    assert (pixels[inside] == 0.5).all()
+
+
+def test_half_of_the_films_show_nothing_and_half_of_the_others_a_consolidation() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_findings(rng) for _ in range(2000)]
+    some = [names for names in drawn if names]
+    assert 0.45 < len(some) / len(drawn) < 0.55
+    assert 0.45 < np.mean(["Consolidation" in names for names in some]) < 0.65
+    assert all(len(set(names)) == len(names) for names in drawn)
+
+
+def test_a_run_starts_from_exported_weights_and_says_so(tmp_path: Path) -> None:
+    old, new = pretrain.Run(tmp_path / "old", 3, "cpu"), pretrain.Run(tmp_path / "new", 4, "cpu")
+    old.begin({"size": 64, "images": 7, "decay": True})
+    old.at["seen"] = 7
+    file = tmp_path / "w.safetensors"
+    old.out.mkdir()
+    pretrain.export(old, file)
+    new.start_from(file)
+    for network in (new.model, new.average):
+        assert torch.equal(network.features.conv0.weight, old.average.features.conv0.weight.half().float())
+        assert torch.equal(network.findings.linear.weight, old.average.findings.linear.weight)
+    new.begin({"size": 64, "images": 7, "decay": True})
+    started = pretrain.describe(new)["started_from"]
+    assert started.startswith("w.safetensors, sha256 ")
+    assert started.endswith(", 7 images seen")
+    save_file({"features.conv0.weight": torch.zeros(1)}, file)
+    with pytest.raises(UsageError, match=r"does not fit: .* is missing"):
+        new.start_from(file)
+
+
+def test_minutes_end_a_stage_and_take_its_rate_to_zero(tmp_path: Path, small: None, monkeypatch) -> None:
+    run = pretrain.Run(tmp_path, 0, "cpu")
+    run.at.update(seen=pretrain.WARM_UP, seconds=100.0)
+    run.begin({"size": 64, "images": pretrain.ENDLESS, "decay": True, "minutes": 2.0})
+    run.at["seconds"] = 190.0
+    assert run.rate(1.0) == pytest.approx(0.25)
+    run.at["seconds"] = 219.99
+    monkeypatch.setattr(pretrain, "judge", lambda *_: {})
+    run.train(batch=2, peak=1e-3, workers=0)
+    assert run.at["seen"] == pretrain.WARM_UP + 2
+    assert run.at["stages"][-1]["images"] == 2
+    assert run.checkpoint.is_file()
+    assert run.rate(1.0) == 0.0
+
+
 def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no checkpoint; start a stage with --images"):
         pretrain.main(tmp_path, resume=True, threads=1)
-    with pytest.raises(UsageError, match="leave --images out"):
+    with pytest.raises(UsageError, match="leave --images and --minutes out"):
         pretrain.main(tmp_path, resume=True, images=5, threads=1)

@@ -22,7 +22,7 @@ from cxr_fastai.phantom.canvas import Map, blur, smoothstep
 from cxr_fastai.phantom.findings import FINDINGS, Effect, Finding, alter, apply, sample_finding
 from cxr_fastai.phantom.patient import Patient, sample_patient, seen
 
-GENERATOR_VERSION = "1.0"
+GENERATOR_VERSION = "1.1"
 DIFFICULTIES = {"easy": (0.62, 1.0), "medium": (0.30, 0.95), "hard": (0.03, 0.50)}  # severities drawn from
 SIZES = (64, 1024)  # smallest and largest side in pixels
 

@@ -19,6 +19,7 @@ FINDINGS = ("Consolidation", "Effusion", "Pneumothorax", "Nodule", "Mass", "Card
 
 _FILL = MU_SOFT - MU_LUNG  # what a centimetre of lung gains when fluid or tissue takes the air's place, 1/cm
 _FOCAL = ("Consolidation", "Nodule", "Mass")
+_PATCHY, _INTERSTITIAL = 0.5, 0.85  # forms of a consolidation from which on it is patchy, and mostly interstitial
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,10 @@ def sample_finding(rng: np.random.Generator, name: str, severity: float) -> Find
     v = float(rng.uniform(-0.62, 0.45)) if name in _FOCAL else float(rng.uniform(0.25, 0.6))
     # The heart would hide what lies behind it.
     inner = 0.62 if side > 0 and v > -0.1 else 0.40
-    return Finding(
-        name=name,
-        severity=severity,
-        side=side,
-        u=float(rng.uniform(inner, 0.80)),
-        v=v,
-        form=float(rng.random()),
-        seed=int(rng.integers(2**31)),
-    )
+    u, form, seed = float(rng.uniform(inner, 0.80)), float(rng.random()), int(rng.integers(2**31))
+    if name == "Consolidation" and form >= _PATCHY and rng.random() < 0.55:
+        side = 0
+    return Finding(name=name, severity=severity, side=side, u=u, v=v, form=form, seed=seed)
 
 
 def alter(patient: Patient, finding: Finding) -> Patient:
@@ -97,7 +93,9 @@ def _polar(thorax: Thorax, finding: Finding, aspect: float = 1.0) -> tuple[Map, 
 
 
 def _consolidation(thorax: Thorax, finding: Finding) -> Effect:
-    """Airspace opacity: patchy, denser towards its middle, with air bronchograms, sometimes cut off by a fissure."""
+    """Airspace opacity: denser towards its middle, with air bronchograms, cut off by a fissure or not; or patches."""
+    if finding.form >= _PATCHY:
+        return _bronchopneumonia(thorax, finding)
     rng = np.random.default_rng(finding.seed)
     frame, scale, s = thorax.frame, thorax.patient.scale, finding.severity
     distance, _ = _polar(thorax, finding, float(rng.uniform(0.75, 1.25)))
@@ -125,6 +123,54 @@ def _consolidation(thorax: Thorax, finding: Finding) -> Effect:
     lung = np.minimum(thorax.lung, 11 * scale) * _half(thorax, finding.side)
     change = opacity * lung * np.float32(share * _FILL)
     return Effect(change, (core * lung > 0.35 * 4 * scale), 1.0 - 0.6 * core)
+
+
+def _bronchopneumonia(thorax: Thorax, finding: Finding) -> Effect:
+    """Three to seven soft patches in one lung or both, mostly perihilar and basal, along thickened bronchi.
+
+    The interstitial form has fainter patches, more bronchial walls and a fine net around the hila.
+    """
+    rng = np.random.default_rng(finding.seed)
+    frame, patient, s = thorax.frame, thorax.patient, finding.severity
+    w, h, scale = patient.half_width, patient.half_height, patient.scale
+    interstitial = finding.form >= _INTERSTITIAL
+    count = int(rng.integers(3, 8))
+    sides = np.full(count, finding.side) if finding.side else rng.choice([-1, 1], count)
+    across, down = rng.uniform(0.22, 0.72, count), np.clip(rng.normal(0.2, 0.27, count), -0.6, 0.6)
+    centre = np.stack([sides * across * w, down * h], axis=1)
+    patches = np.zeros_like(thorax.x)
+    for (x, y), weight in zip(centre, rng.uniform(0.55, 1.0, count), strict=True):
+        reach = rng.uniform(1.0, 2.2 + 1.6 * s, 2) * scale
+        dx = (thorax.x - np.float32(x)) * np.float32(1 / reach[0])
+        dy = (thorax.y - np.float32(y)) * np.float32(1 / reach[1])
+        patch = np.exp(-(dx * dx + dy * dy)) * np.float32(weight)
+        patches = patches + patch * (1 - patches)
+    field = noise(rng, frame, 1.5 * scale) + 0.7 * noise(rng, frame, 0.6 * scale)
+    texture = np.clip(0.95 + 0.30 * field, 0.1, 1.6)
+    walls = Layer(frame)
+    hila = np.stack([sides * 0.2 * w, np.full(count, -0.05 * h)], 1)
+    ends = centre + rng.normal(0, 0.8, (3 if interstitial else 1, count, 2)) * scale
+    steps = np.linspace(0.1, 1.15, 5)[:, None]
+    bow = np.sin(np.pi * steps) * rng.normal(0, 0.4, (*ends.shape[:2], 1, 2)) * scale
+    paths = (hila[:, None] + steps * (ends - hila)[:, :, None] + bow).reshape(-1, 5, 2)
+    other = paths + np.array([0.3, 0.1]) * scale
+    walls.lines(np.concatenate([paths, other]), 0.13 * scale, 0.7)
+    lines = walls.array() * np.float32((0.25 + 0.5 * s) * scale)
+    share = 0.14 + 0.46 * s
+    if interstitial:
+        net = np.maximum(1.0 - 1.3 * np.abs(noise(rng, frame, 0.5 * scale)), 0.0)
+        near = np.exp(-(((np.abs(thorax.u) - 0.38) / 0.3) ** 2) - ((thorax.v - 0.1) / 0.5) ** 2)
+        patches = np.maximum(patches, near * np.float32(0.75)) * _half(thorax, finding.side)
+        texture, share = np.maximum(0.5 + 0.45 * net + 0.22 * field, 0.1), 0.85 * share
+        lines = lines * np.float32(1.5)
+    # What lies behind the heart shows through it.
+    room = np.clip(thorax.cavity - 0.6 * thorax.heart, 0.0, 11 * scale) * thorax.above * _half(thorax, finding.side)
+    fluid = patches * texture * room * np.float32(share) + lines * smoothstep(room, 0.0, 2 * scale)
+    mask = (patches > 0.4) & (room > 1.2 * scale)
+    if not mask.any():
+        shown = patches * room
+        mask = shown == shown.max()
+    return Effect(fluid * np.float32(_FILL), mask, 1.0 - 0.4 * patches)
 
 
 def _effusion(thorax: Thorax, finding: Finding) -> Effect:
