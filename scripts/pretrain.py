@@ -337,7 +337,7 @@ def card(record: dict[str, str], last: dict[str, Any]) -> str:
         "image was used, and none is needed to make these weights again. To start from, not to diagnose with.", "",
         "| | |", "|---|---|", *rows, "",
         f"On {N_HELD_OUT} phantoms held out, at {last.get('size')} pixels, after {last.get('seen')} images:", "",
-        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures.items()), "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures.items() if value is not None), "",
     ])  # fmt: skip
 
 
