@@ -441,6 +441,46 @@ def evaluate(
         raise typer.Exit(1)
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path(TrainConfig.out),
+    sort: Annotated[str, typer.Option(help="By which metric: auroc, accuracy, f1, brier ...")] = "auroc",
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--diff", metavar="A B", help="Tell what differs between two runs, and between their figures."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw validation AUROC and loss of the runs against epoch into this .png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the finished runs of a folder, best first, with whether the best one's lead may be chance."""
+    from cxr_fastai import leaderboard
+    from cxr_fastai.console import Console
+    from cxr_fastai.leaderboard_text import show_diff, show_ranking
+
+    console = Console(machine=as_json)
+    if plot is not None:
+        leaderboard.check_plot(plot)
+    found: dict[str, Any]
+    if diff is not None:
+        shown = [leaderboard.open_run(folder / name if (folder / name).exists() else name) for name in diff]
+        found, damaged = leaderboard.diff_runs(*shown), False
+        show_diff(found, console)
+    else:
+        shown, unfinished = leaderboard.open_runs(folder)
+        with console.busy("Comparing runs"):
+            found, damaged = leaderboard.rank(shown, unfinished, sort), any(run["damaged"] for run in unfinished)
+        show_ranking(found, folder, console)
+    if plot is not None:
+        leaderboard.plot_runs(shown, plot)
+        console.say(f"Histories: {plot}")
+    if as_json:
+        print_json(found)
+    if damaged:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; turn every expected error into one line and its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
