@@ -21,6 +21,7 @@ from cxr_fastai.config import (
     DEVICES,
     PRECISIONS,
     TASKS,
+    TRACKERS,
     UNCERTAIN,
     GenerateConfig,
     TrainConfig,
@@ -252,6 +253,14 @@ def train(
         float | None, typer.Option(help="Likewise; without either, Youden's.", rich_help_panel="Training")
     ] = None,
     prevalence: Prevalence = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Follow it in {', '.join(TRACKERS)}, too (repeatable).", rich_help_panel="Training"),
+    ] = None,
+    track_images: Annotated[
+        bool,
+        typer.Option("--track-images", help="Show up to 16 test films there.", rich_help_panel="Training"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
@@ -274,7 +283,8 @@ def train_config(given: dict[str, Any]) -> TrainConfig:
     """Return the config that a command's options make: they bear the names of its fields."""
     settings = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
     rate = {"lr": learning_rate(given["lr"])} if "lr" in given else {}
-    lists = {"prevalence": tuple(given.get("prevalence") or ())}
+    named = (name.strip() for part in given.get("track") or () for name in part.split(","))
+    lists = {"prevalence": tuple(given.get("prevalence") or ()), "track": tuple(named)}
     return TrainConfig(**{**settings, **rate, **lists, "data": str(given["data"] or DEFAULT_DATA)})
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from cxr_fastai import __version__
@@ -45,6 +47,7 @@ from cxr_fastai.predict import Prediction, Predictor, decide
 from cxr_fastai.runs import finish, new_run, read_cells, safe_cell, write_text
 from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, given_split, split_table
 from cxr_fastai.table import load_table, positive_class, targets_of
+from cxr_fastai.tracking import Trackers, tracked
 
 PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 64, 256, 2000
 AUTO_SEEDS = 3
@@ -70,14 +73,15 @@ def train(config: TrainConfig, console: Console = QUIET) -> tuple[Path, dict[str
     """
     run = new_run(config.out, config.name)
     try:
-        return run, _train_into(run, config, console)
+        with tracked(config, console) as trackers:
+            return run, _train_into(run, config, console, trackers)
     except BaseException:
         if not (run / "history.csv").exists():  # not one epoch: nothing in there is of use
             shutil.rmtree(run)
         raise
 
 
-def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+def _train_into(run: Path, config: TrainConfig, console: Console, trackers: Trackers) -> dict[str, Any]:
     table = prepare_table(config, console)
     device = choose_device(config.device)
     opener = OpenFilm(config.size)
@@ -86,9 +90,11 @@ def _train_into(run: Path, config: TrainConfig, console: Console) -> dict[str, A
     if config.lr is None:
         config = with_found_rate(config, table, opener, device, run, console)
     write_record(run, config, table, device)
-    learn, card = train_folds(run, table, config, opener, device, console)
+    trackers.start(run)
+    learn, card = train_folds(run, table, config, opener, device, console, trackers.watchers)
     export_both(run, learn, card, table, config, opener, device, console)
     metrics = test_and_report(run, table, config, console)
+    trackers.finish(run, metrics)
     if not config.keep_checkpoints:
         shutil.rmtree(run / "checkpoints")
     finish(run)
@@ -193,7 +199,13 @@ def versions() -> dict[str, str]:
 
 
 def train_folds(
-    run: Path, table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, device: torch.device, console: Console
+    run: Path,
+    table: pd.DataFrame,
+    config: TrainConfig,
+    opener: OpenFilm,
+    device: torch.device,
+    console: Console,
+    watchers: Sequence[Callback] = (),
 ) -> tuple[Learner, dict[str, Any]]:
     """Train a network a fold (without folds, one), and return one Learner of them all, calibrated, with its card.
 
@@ -208,7 +220,7 @@ def train_folds(
             console.say(f"Fold {fold} of {config.folds}")
         learn, weights, class_weights = build_learner(part, config, opener, device)
         announce(config, part, weights, class_weights, device, console)
-        fit(learn, config, weights, run, console, fold)
+        fit(learn, config, weights, run, console, fold, watchers)
         said, truth = validate(learn, class_weights)
         models.append(learn.model.cpu())
         logits.append(said)
