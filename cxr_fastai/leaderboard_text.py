@@ -22,6 +22,8 @@ def meaning(difference: Mapping[str, float | None] | None) -> str:
     """Say whether a difference is more than chance."""
     if difference is None or difference["low"] is None or difference["high"] is None:
         return "cannot be told"
+    if difference["low"] == difference["value"] == difference["high"] == 0:
+        return "equal here"  # no resample tells them apart, as where both are perfect; that proves nothing of others
     return "may be chance" if difference["low"] <= 0 <= difference["high"] else "beyond chance"
 
 
@@ -36,6 +38,8 @@ def verdict(group: Mapping[str, Any], sort: str) -> str:
     ):
         if names := [entry["run"] for entry in others if meaning(entry["difference"]) == kind]:
             line += f" Its lead over {', '.join(names)} {told}."
+    if names := [entry["run"] for entry in others if meaning(entry["difference"]) == "equal here"]:
+        line += f" On these films {', '.join(names)} reached the same: too easy, or too few, to tell them apart."
     return line
 
 
@@ -81,6 +85,8 @@ def _shown(entry: Mapping[str, Any], sort: str, shared: Sequence[str], first: bo
 def _shown_difference(found: Mapping[str, float | None] | None) -> tuple[str, str]:
     if found is None or found["low"] is None or found["high"] is None:
         return "undefined" if found is None else f"{found['value']:+.3f}", "no interval"
+    if meaning(found) == "equal here":
+        return "none", ""
     p = "" if found["p"] is None else ", p < 0.001" if found["p"] < 0.001 else f", p {found['p']:.3f}"
     return f"{found['value']:+.3f}{p}", f"{found['low']:+.3f} to {found['high']:+.3f}"
 
@@ -103,7 +109,7 @@ def show_diff(found: Mapping[str, Any], console: Console = QUIET) -> None:
         values = [("undefined" if entries[key][side] is None else f"{entries[key][side]:.3f}", "") for side in "ab"]
         told = None if gap["value"] is None else gap
         rows.append({"measure": (name, ""), a: values[0], b: values[1], "difference": _shown_difference(told),
-                     "which": (meaning(told), "")})  # fmt: skip
+                     "verdict": (meaning(told), "")})  # fmt: skip
     count, patients = found["comparison"]["n"], found["comparison"]["n_patients"]
     _print_rows(f"The same {count} test films of {patients} patients, {a} less {b}", rows, console)
     if delong := found["comparison"]["delong"]:

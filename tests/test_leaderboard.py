@@ -89,12 +89,16 @@ def test_what_is_better_when_lower_is_sorted_the_other_way(three: Path) -> None:
         rank([], [], "speed")
 
 
-def test_the_same_run_twice_has_no_difference(tmp_path: Path) -> None:
+def test_the_same_run_twice_has_no_difference(tmp_path: Path, capsys) -> None:
     for name in ("a", "b"):
         make_run(tmp_path, name)
     entry = rank(*open_runs(tmp_path))["groups"][0]["runs"][1]
     assert (entry["run"], entry["difference"]) == ("b", {"value": 0, "low": 0, "high": 0, "p": 1})
-    assert meaning(entry["difference"]) == "may be chance"
+    assert meaning(entry["difference"]) == "equal here"
+    show_ranking(rank(*open_runs(tmp_path)), tmp_path, Console())
+    out = capsys.readouterr().out
+    assert "; difference none; finished" in out
+    assert "a is best by AUROC. On these films b reached the same: too easy, or too few, to tell them apart." in out
 
 
 def test_only_the_same_films_are_compared(three: Path) -> None:
@@ -261,7 +265,7 @@ def test_diff_is_told_in_words(three: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert "What differs between good and bad\n 1. nothing\n" in out
     assert "The same 60 test films of 30 patients, good less bad\n 1. AUROC; good 0." in out
-    assert "which beyond chance" in out
+    assert "verdict beyond chance" in out
     assert "DeLong's test of the AUROC, which takes films for independent: p 0.000" in out
     make_run(three, "elsewhere", 3.0, films="other")
     show_diff(diff_runs(open_run(three / "good"), open_run(three / "elsewhere")), Console())
