@@ -22,6 +22,7 @@ from cxr_fastai.config import (
     DEVICES,
     PRECISIONS,
     TASKS,
+    TRACKERS,
     UNCERTAIN,
     GenerateConfig,
     TrainConfig,
@@ -265,6 +266,14 @@ def train(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Write a checkpoint so often within an epoch, too; 0: after each epoch.")
     ] = TrainConfig.checkpoint_minutes,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Follow it in {', '.join(TRACKERS)}, too (repeatable).", rich_help_panel="Training"),
+    ] = None,
+    track_images: Annotated[
+        bool,
+        typer.Option("--track-images", help="Show up to 16 test films there.", rich_help_panel="Training"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
@@ -300,7 +309,8 @@ def train_config(given: dict[str, Any]) -> TrainConfig:
     """Return the config that a command's options make: they bear the names of its fields."""
     settings = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
     rate = {"lr": learning_rate(given["lr"])} if "lr" in given else {}
-    lists = {"prevalence": tuple(given.get("prevalence") or ())}
+    named = (name.strip() for part in given.get("track") or () for name in part.split(","))
+    lists = {"prevalence": tuple(given.get("prevalence") or ()), "track": tuple(named)}
     return TrainConfig(**{**settings, **rate, **lists, "data": str(given["data"] or DEFAULT_DATA)})
 
 
@@ -464,6 +474,46 @@ def evaluate(
     if as_json:
         print_json(metrics)
     if metrics["errors"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path(TrainConfig.out),
+    sort: Annotated[str, typer.Option(help="By which metric: auroc, accuracy, f1, brier ...")] = "auroc",
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--diff", metavar="A B", help="Tell what differs between two runs, and between their figures."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw validation AUROC and loss of the runs against epoch into this .png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the finished runs of a folder, best first, with whether the best one's lead may be chance."""
+    from cxr_fastai import leaderboard
+    from cxr_fastai.console import Console
+    from cxr_fastai.leaderboard_text import show_diff, show_ranking
+
+    console = Console(machine=as_json)
+    if plot is not None:
+        leaderboard.check_plot(plot)
+    found: dict[str, Any]
+    if diff is not None:
+        shown = [leaderboard.open_run(folder / name if (folder / name).exists() else name) for name in diff]
+        found, damaged = leaderboard.diff_runs(*shown), False
+        show_diff(found, console)
+    else:
+        shown, unfinished = leaderboard.open_runs(folder)
+        with console.busy("Comparing runs"):
+            found, damaged = leaderboard.rank(shown, unfinished, sort), any(run["damaged"] for run in unfinished)
+        show_ranking(found, folder, console)
+    if plot is not None:
+        leaderboard.plot_runs(shown, plot)
+        console.say(f"Histories: {plot}")
+    if as_json:
+        print_json(found)
+    if damaged:
         raise typer.Exit(1)
 
 

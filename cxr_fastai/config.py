@@ -24,6 +24,7 @@ ARCHITECTURES = (
     *(f"resnet{n}" for n in (18, 34, 50, 101, 152)),
     *(f"vgg{n}_bn" for n in (11, 13, 16, 19)),
 )  # fmt: skip
+TRACKERS = ("tensorboard", "mlflow", "trackio")
 SHORTCUTS = ("marker", "border", "brightness", "format")
 MAX_SEED = 2**32 - 1
 
@@ -203,6 +204,7 @@ class TrainConfig(DataConfig):
     checkpoint_minutes: how often a checkpoint is written within an epoch; 0 is at the end of each alone.
     target_sensitivity, target_specificity: what the threshold must reach on validation; neither is Youden's.
     prevalence: at which predictive values are told, besides that of the test films.
+    track: where the run is told of as it goes on, beside its folder. track_images: show some test films there, too.
     """
 
     name: str | None = None
@@ -225,10 +227,17 @@ class TrainConfig(DataConfig):
     target_sensitivity: float | None = None
     target_specificity: float | None = None
     prevalence: tuple[float, ...] = ()
+    track: tuple[str, ...] = ()
+    track_images: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "prevalence", tuple(self.prevalence))  # JSON gives a list
+        for name in ("prevalence", "track"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives a list
+        for tracker in self.track:
+            require(tracker in TRACKERS, "--track", tracker, f"one of {', '.join(TRACKERS)}")
+        require(len(set(self.track)) == len(self.track), "--track", ", ".join(self.track), "each tracker once")
+        require(bool(self.track) or not self.track_images, "--track-images", "given alone", "beside a --track")
         for flag, share in (
             ("--target-sensitivity", self.target_sensitivity),
             ("--target-specificity", self.target_specificity),

@@ -83,10 +83,7 @@ def measure(frame: pd.DataFrame, card: Mapping[str, Any], prevalence: Sequence[f
     """
     classes, task, positive = card["classes"], card["task"], card["positive"]
     read = frame[frame["error"] == ""]
-    multilabel = task == "multilabel"
-    truth = targets_of(read, classes) if multilabel else np.array([classes.index(label) for label in read["label"]])
-    p = read[[f"p_{name}" for name in classes]].to_numpy(dtype=float)
-    ids = read["patient_id"].to_numpy()
+    truth, p, ids = answers(read, classes, task)
     asked: dict[str, Any] = {"task": task, "positive": positive, "threshold": card["threshold"]}
     found = evaluate_predictions(truth, p, classes, ids, **asked)
     columns = {name: read[name].tolist() for name in GROUPS if name in read}
@@ -100,6 +97,14 @@ def measure(frame: pd.DataFrame, card: Mapping[str, Any], prevalence: Sequence[f
         **_by_class(truth, p, ids, card, prevalence),
         "subgroups": subgroups(truth, p, classes, ids, columns, **asked),
     }
+
+
+def answers(read: pd.DataFrame, classes: Sequence[str], task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels as `metrics` takes them, probabilities (n, k) and patients (n,) of rows of predictions.csv."""
+    multilabel = task == "multilabel"
+    at = {name: k for k, name in enumerate(classes)}
+    truth = targets_of(read, classes) if multilabel else np.array([at[label] for label in read["label"]])
+    return truth, read[[f"p_{name}" for name in classes]].to_numpy(dtype=float), read["patient_id"].to_numpy()
 
 
 def _by_class(

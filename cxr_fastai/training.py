@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from cxr_fastai import __version__, ranks
@@ -45,6 +47,7 @@ from cxr_fastai.predict import Prediction, Predictor, decide
 from cxr_fastai.runs import MANIFEST, finish, new_run, read_cells, safe_cell, sweep_temporary, write_text
 from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, given_split, split_table
 from cxr_fastai.table import load_table, positive_class, targets_of
+from cxr_fastai.tracking import Trackers, tracked
 
 PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 64, 256, 2000
 AUTO_SEEDS = 3
@@ -71,7 +74,8 @@ def train(config: TrainConfig, console: Console = QUIET) -> tuple[Path, dict[str
     with ranks.joined(choose_device(config.device).type == "cuda"):
         run = Path(ranks.said_by_first(None if rank() else str(new_run(config.out, config.name))))
         try:
-            return run, _train_into(run, config, console)
+            with tracked(followed(config), console) as trackers:
+                return run, _train_into(run, config, console, trackers)
         except BaseException:
             if not rank() and not (run / "checkpoints").exists():  # nothing was learned
                 shutil.rmtree(run)
@@ -95,7 +99,13 @@ def resume(folder: str | Path, console: Console = QUIET) -> tuple[Path, dict[str
     with ranks.joined(choose_device(config.device).type == "cuda"):
         sweep_temporary(run)
         console.say(f"Going on with {run}")
-        return run, _train_into(run, config, console)
+        with tracked(followed(config), console) as trackers:
+            return run, _train_into(run, config, console, trackers)
+
+
+def followed(config: TrainConfig) -> TrainConfig:
+    """Return the config with its trackers in the first process alone."""
+    return dataclasses.replace(config, track=()) if rank() else config
 
 
 def refuse_other_films(run: Path, table: pd.DataFrame) -> None:
@@ -108,7 +118,7 @@ def refuse_other_films(run: Path, table: pd.DataFrame) -> None:
         )
 
 
-def _train_into(folder: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+def _train_into(folder: Path, config: TrainConfig, console: Console, trackers: Trackers) -> dict[str, Any]:
     """Train in a run folder and return what metrics.json holds; where several processes train, only the first does."""
     if config.lr is None and world() > 1:
         raise UsageError("--lr auto: several processes cannot find it together; run lr-find first and give --lr")
@@ -125,11 +135,13 @@ def _train_into(folder: Path, config: TrainConfig, console: Console) -> dict[str
         if config.lr is None:
             config = with_found_rate(config, table, opener, device, run, console)
         write_record(run, config, table, device)
-        learn, card = train_folds(run, table, config, opener, device, console)
+        trackers.start(run)
+        learn, card = train_folds(run, table, config, opener, device, console, trackers.watchers)
         if rank():
             return {}
     export_both(run, learn, card, table, config, opener, device, console)
     metrics = test_and_report(run, table, config, console)
+    trackers.finish(run, metrics)
     if not config.keep_checkpoints:
         shutil.rmtree(run / "checkpoints")
     finish(run)
@@ -234,7 +246,13 @@ def versions() -> dict[str, str]:
 
 
 def train_folds(
-    run: Path, table: pd.DataFrame, config: TrainConfig, opener: OpenFilm, device: torch.device, console: Console
+    run: Path,
+    table: pd.DataFrame,
+    config: TrainConfig,
+    opener: OpenFilm,
+    device: torch.device,
+    console: Console,
+    watchers: Sequence[Callback] = (),
 ) -> tuple[Learner, dict[str, Any]]:
     """Train a network a fold (without folds, one), and return one Learner of them all, calibrated, with its card.
 
@@ -249,7 +267,7 @@ def train_folds(
             console.say(f"Fold {fold} of {config.folds}")
         learn, weights, class_weights = build_learner(part, config, opener, device)
         announce(config, part, weights, class_weights, device, console)
-        fit(learn, config, weights, run, console, fold)
+        fit(learn, config, weights, run, console, fold, watchers)
         said, truth = validate(learn, class_weights)
         models.append(learn.model.cpu())
         logits.append(said)

@@ -23,7 +23,10 @@ def test_light_rooms_import_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import cxr_fastai.{module}") == set()
 
 
-@pytest.mark.parametrize("module", ["table", "metrics", "evaluate", "report", "audit", "grading", "verify"])
+NUMBERS = ("table", "metrics", "evaluate", "report", "audit", "grading", "verify", "leaderboard", "leaderboard_text")
+
+
+@pytest.mark.parametrize("module", NUMBERS)
 def test_number_rooms_import_no_torch(module: str) -> None:
     assert loaded_after(f"import cxr_fastai.{module}") & {"torch", "torchvision", "fastai"} == set()
 

@@ -17,6 +17,8 @@ from cxr_fastai.metrics import resample_weights
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, "#000000")
 DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LONG_NAME = 30  # characters; of longer ones, one a line of the legend
 RESAMPLES = 300  # of the band around a ROC curve
 GRID = np.linspace(0, 1, 101)
 
@@ -78,6 +80,42 @@ def plot_history(history: pd.DataFrame):
             place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "color": "0.4"}
             axes.annotate("unfrozen", (frozen + 0.5, 1), (4, -4), **place)
         axes.legend(frameon=False, fontsize=9)
+    return made
+
+
+def plot_histories(histories: dict[str, pd.DataFrame], note: str = ""):
+    """Return validation AUROC and loss of several runs against epoch, a line a run; of folds, their mean.
+
+    Parameters
+    ----------
+    histories
+        history.csv of each run, by its name.
+    note
+        What a reader must know before comparing the lines; stands above them.
+    """
+    from matplotlib.figure import Figure
+
+    columns = 3 if max(map(len, histories)) <= LONG_NAME else 1
+    rows = -(-len(histories) // columns)
+    made = Figure(figsize=(9, 3.8 + 0.2 * rows), layout="constrained", dpi=110)
+    panels = made.subplots(1, 2)
+    for i, (name, history) in enumerate(histories.items()):
+        mean = history.groupby("epoch")[["valid_auroc", "valid_loss"]].mean()
+        # With more runs than colours, the dashes and markers of the second round differ.
+        style = {"color": CYCLE[i % 7], "ls": DASHES[(i // 7 + i) % 4], "marker": MARKERS[(i + i // 7) % 7], "ms": 5}
+        for axes, column in zip(panels, mean, strict=True):
+            axes.plot(mean.index, mean[column], **style, alpha=0.9, label=name if axes is panels[0] else None)
+    panels[0].set_ylabel("validation AUROC")
+    panels[1].set_ylabel("validation loss (cross-entropy, nats)")
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.04, y=0.06)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if note:
+        made.suptitle(note, fontsize=10, color="0.3")
+    made.legend(loc="outside lower center", ncols=min(columns, len(histories)), frameon=False, fontsize=9)
     return made
 
 
