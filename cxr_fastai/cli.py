@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from cxr_fastai import __version__
 from cxr_fastai.cli_predict import print_json, receiver
@@ -299,7 +298,7 @@ def train(
 
 def alone(ctx: typer.Context, name: str, *allowed: str) -> None:
     """Refuse every option beside one that says all."""
-    given = {key for key in ctx.params if ctx.get_parameter_source(key) is not ParameterSource.DEFAULT}
+    given = {key for key in ctx.params if getattr(ctx.get_parameter_source(key), "name", "") != "DEFAULT"}
     if others := sorted(given - {name, *allowed}):
         flags = ", ".join(key if key == "data" else f"--{key.replace('_', '-')}" for key in others)
         raise UsageError(f"--{name} takes all settings from the run; leave out {flags}")

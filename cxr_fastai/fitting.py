@@ -19,7 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -35,11 +35,12 @@ from cxr_fastai.callbacks import (
     Position,
     StopSignal,
 )
-from cxr_fastai.config import TrainConfig, world
+from cxr_fastai.config import TrainConfig, usable_cores, world
 from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, ModelFileError, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
+from cxr_fastai.shards import InParts
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
@@ -212,9 +213,9 @@ def _fit(
         multilabel = isinstance(learn.loss_func, KnownBCE)
         history = History(checkpoint.parents[1] / "history.csv", phases, multilabel, say, advance, fold)
         saving = Checkpoint(checkpoint, config.checkpoint_minutes)
-        callbacks = [finite, history, best, position, saving, stop, *watchers]
-        if cuda and world() == 1:
-            callbacks.append(GraphedStep())
+        callbacks = [finite, history, best, position, saving, stop, BnFreeze(), *watchers]
+        if world() == 1:
+            callbacks.append(GraphedStep() if cuda else InParts(usable_cores()))
         # fastai's own Recorder waits for the device at every step; History has what it records.
         with (
             learn.removed_cbs([learn.recorder]),

@@ -105,7 +105,7 @@ def resume(folder: str | Path, console: Console = QUIET) -> tuple[Path, dict[str
 
 def followed(config: TrainConfig) -> TrainConfig:
     """Return the config with its trackers in the first process alone."""
-    return dataclasses.replace(config, track=()) if rank() else config
+    return dataclasses.replace(config, track=(), track_images=False) if rank() else config
 
 
 def refuse_other_films(run: Path, table: pd.DataFrame) -> None:

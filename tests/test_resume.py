@@ -62,7 +62,7 @@ def unbroken(films: Path, body: str, tmp_path_factory: pytest.TempPathFactory) -
 def cut(monkeypatch: pytest.MonkeyPatch, settings: TrainConfig, epoch: int, batch: int | None) -> Path:
     fit = training.fit
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", lambda *a, **k: fit(*a, **k | {"watchers": [PowerCut(epoch, batch)]}))
+        patch.setattr(training, "fit", lambda *given: fit(*given[:6], [PowerCut(epoch, batch)]))
         with pytest.raises(PowerCutError):
             training.train(settings)
     return Path(settings.out) / str(settings.name)
@@ -106,9 +106,8 @@ def test_folds_go_on_with_the_one_that_was_cut_off(
     settings = config(films, tmp_path, "cut", body, folds=2, epochs=1)
     fit = training.fit
 
-    def second_is_cut(*given: object, **more: object) -> None:
-        fold = given[5]
-        fit(*given, **more | {"watchers": [PowerCut(2, 2)] if fold == 2 else []})  # type: ignore[arg-type]
+    def second_is_cut(*given: object) -> None:
+        fit(*given[:6], [PowerCut(2, 2)] if given[5] == 2 else [])  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "fit", second_is_cut)

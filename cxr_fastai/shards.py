@@ -1,0 +1,129 @@
+"""A batch on a processor's cores: each takes a part of it through the network, instead of all through a layer.
+
+Within a layer, cores wait for one another some hundred times a step, and what one wrote the other reads. Parts of a
+batch stay in a core's own cache: a step of DenseNet121 takes a quarter less time on two cores. Batch norms see films
+of their part alone, as with several processes; all else is as with one part, and the same from run to run.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+
+FILMS_IN_PART = 8  # at least: a batch norm of fewer is too noisy
+
+
+class Parts:
+    """The forward pass of a body, in parts on threads of their own.
+
+    Each part has a copy of the body with the same parameters and its own batch-norm statistics; these are averaged
+    after each pass.
+    """
+
+    def __init__(self, body: nn.Module, count: int, threads: int):
+        self.body, self.threads = body, threads
+        self.copies = [_twin(body) for _ in range(count)]
+        self.pool = ThreadPoolExecutor(count)
+        self.learned = [p for p in body.parameters() if p.requires_grad]
+
+    def __call__(self, films: torch.Tensor) -> torch.Tensor:
+        """Return what the body makes of films (N, 3, H, W), which it learns from."""
+        if self.learned and torch.is_grad_enabled():
+            return _Pass.apply(self, films, *self.learned)
+        return torch.cat(self.run(films))
+
+    def run(self, films: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features of each part."""
+        on, kind, grad = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+        parts, ours = films.chunk(len(self.copies)), _statistics(self.body)
+        theirs = [_statistics(twin) for twin in self.copies]
+        for one in theirs:
+            torch._foreach_copy_(one, ours)
+
+        def forward(twin: nn.Module, part: torch.Tensor) -> torch.Tensor:
+            # What is switched on in one thread is not in another.
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", kind, enabled=on, cache_enabled=False):
+                return twin(part)
+
+        for twin, original in zip(_all_modules(self.copies), _all_modules([self.body] * len(self.copies)), strict=True):
+            twin.training = original.training
+        features = self.each(forward, self.copies[: len(parts)], parts)
+        used = theirs[: len(parts)]
+        torch._foreach_copy_(ours, used[0])
+        for number, one in enumerate(used[1:], 2):
+            torch._foreach_lerp_(ours, one, 1 / number)
+        return features
+
+    def each(self, work: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
+        """Do the work for each part at the same time; return the results in the order of the parts."""
+
+        def alone(*one: Any) -> Any:
+            torch.set_num_threads(self.threads)  # of this thread
+            return work(*one)
+
+        return list(self.pool.map(alone, *given))
+
+
+class _Pass(torch.autograd.Function):
+    """One forward pass in parts, and its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Parts, films: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            ctx.features = parts.run(films)
+        ctx.parts, ctx.learned = parts, learned
+        return torch.cat([one.detach() for one in ctx.features])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        given = gradients[0].split([len(one) for one in ctx.features])
+
+        def back(features: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+            return list(torch.autograd.grad(features, ctx.learned, gradient))
+
+        first, *others = ctx.parts.each(back, ctx.features, given)
+        for other in others:  # in the order of the parts: the same sum in every run
+            torch._foreach_add_(first, other)
+        del ctx.features
+        return None, None, *first
+
+
+def _twin(body: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(body)
+    for theirs, ours in zip(twin.modules(), body.modules(), strict=True):
+        theirs._parameters.update(ours._parameters)
+    return twin
+
+
+def _all_modules(bodies: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for body in bodies for module in body.modules()]
+
+
+def _statistics(body: nn.Module) -> list[torch.Tensor]:
+    return [buffer for buffer in body.buffers() if buffer.is_floating_point()]
+
+
+class InParts(Callback):
+    """Take the body of a learner's network in parts for the length of a fit, where there are films and cores enough."""
+
+    def __init__(self, cores: int):
+        self.cores = cores
+
+    def before_fit(self) -> None:  # noqa: D102
+        count = min(self.cores, self.dls.train.bs // FILMS_IN_PART)
+        if count > 1:
+            body = self.learn.model[0]
+            parts = Parts(body, count, self.cores // count)
+            whole = type(body).forward
+
+            def forward(films: torch.Tensor) -> torch.Tensor:
+                return parts(films) if len(films) >= count * FILMS_IN_PART else whole(body, films)
+
+            body.forward = forward
+
+    def after_fit(self) -> None:  # noqa: D102
+        self.learn.model[0].__dict__.pop("forward", None)  # the class's own stands again

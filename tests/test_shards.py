@@ -1,0 +1,59 @@
+"""A batch in parts gives what the parts give, and the same in every run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cxr_fastai.shards import Parts
+
+
+def body() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+
+
+@pytest.fixture
+def films() -> torch.Tensor:
+    return torch.randn(16, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(network: nn.Module, features: torch.Tensor) -> list[torch.Tensor]:
+    network.zero_grad()
+    features.square().mean().backward()
+    return [p.grad.clone() for p in network.parameters()]  # type: ignore[union-attr]
+
+
+def test_without_batch_statistics_parts_are_the_whole(films: torch.Tensor) -> None:
+    network = body().eval()
+    whole = network(films)
+    expected = gradients(network, whole)
+    parts = Parts(network, 2, 1)(films)
+    assert torch.allclose(parts, whole, atol=1e-6)
+    for ours, theirs in zip(gradients(network, parts), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_batch_norms_see_their_part_and_their_statistics_are_averaged(films: torch.Tensor) -> None:
+    network, halves = body().train(), [body().train(), body().train()]
+    said = Parts(network, 2, 1)(films)
+    expected = torch.cat([half(part) for half, part in zip(halves, films.chunk(2), strict=True)])
+    assert torch.allclose(said, expected, atol=1e-6)
+    means = torch.stack([half[1].running_mean for half in halves]).mean(0)  # type: ignore[arg-type]
+    assert torch.allclose(network[1].running_mean, means, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_two_runs_are_equal_to_the_last_bit(films: torch.Tensor) -> None:
+    found = []
+    for _ in range(2):
+        network = body().train()
+        found.append(gradients(network, Parts(network, 4, 1)(films)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_is_not_learned_has_no_gradients_and_parts_may_differ_in_size(films: torch.Tensor) -> None:
+    network = body().eval().requires_grad_(False)
+    said = Parts(network, 3, 1)(films[:11])
+    assert not said.requires_grad
+    assert torch.allclose(said, copy.deepcopy(network)(films[:11]), atol=1e-6)
