@@ -49,7 +49,7 @@ from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, giv
 from cxr_fastai.table import load_table, positive_class, targets_of
 from cxr_fastai.tracking import Trackers, tracked
 
-PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 64, 256, 2000
+PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 32, 256, 2000
 AUTO_SEEDS = 3
 RECORDED_PACKAGES = (
     "fastai",

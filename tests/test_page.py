@@ -80,7 +80,9 @@ def test_a_film_that_is_chosen_shows_its_verdict(page: Page, film: Path, finishe
     text = page.run("document.querySelector('.entry').innerText")
     assert row.probability is not None
     assert isinstance(row.threshold, float)
-    for shown in (film.name, "Probability of abnormal", f"{row.probability:.3f}", f"Threshold {row.threshold:.3f}"):
+    p = row.probability
+    probability = "> 0.999" if 0.9995 < p < 1 else "< 0.001" if 0 < p < 0.0005 else f"{p:.3f}"
+    for shown in (film.name, "Probability of abnormal", probability, f"Threshold {row.threshold:.3f}"):
         assert shown in text
     fill = page.run("document.querySelector('.gauge i').style.width")
     tick = page.run("document.querySelector('.gauge s').style.left")

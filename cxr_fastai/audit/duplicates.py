@@ -6,10 +6,13 @@ stretched until it fits best; only a copy then agrees in the fine structure, whi
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from cxr_fastai.config import usable_cores
 
 if TYPE_CHECKING:
     from cxr_fastai.audit.scan import Scan
@@ -56,14 +59,19 @@ def find_duplicates(scan: "Scan", advance: Callable[[], None] = lambda: None) ->
     fine = _fine(thumbnails)
     windows = [_middle(film) for film in fine]
     spectra = np.stack([_spectrum(window) for window in windows]) if len(fine) else np.empty(0)
-    for a, others in enumerate(_candidates(thumbnails)):
-        advance()
-        if not len(others):
-            continue
-        for b, place in zip(others, _first_fits(fine[a], spectra[others]), strict=True):
+
+    def compare(a: int, others: np.ndarray) -> list[Duplicate]:
+        near = []
+        for b, place in zip(others, _first_fits(fine[a], spectra[others]) if len(others) else [], strict=True):
             if place is not None and (similarity := _fitted(fine[a], windows[b], place)) >= SAME:
                 first, second = sorted((int(one_each[a]), int(one_each[b])))
-                found.append(Duplicate(first, second, "near", round(similarity, 3)))
+                near.append(Duplicate(first, second, "near", round(similarity, 3)))
+        advance()
+        return near
+
+    with ThreadPoolExecutor(usable_cores()) as pool:  # scipy lets others run while it works
+        for near in pool.map(compare, range(len(fine)), _candidates(thumbnails)):
+            found += near
     return sorted(found, key=lambda pair: (pair.first, pair.second))
 
 
