@@ -212,7 +212,7 @@ class BestEpoch(Callback):
         score = (row["valid_auroc"], -row["valid_loss"])
         if self.best is None or score > self.best:
             self.best, self.epoch_of_best = score, row["epoch"]
-            self.weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+            self.weights = {k: v.detach().cpu().clone() for k, v in bare(self.model).state_dict().items()}
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes."""
