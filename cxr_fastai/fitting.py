@@ -144,8 +144,7 @@ def fit(
         callbacks = [finite, history, best, Checkpoint(checkpoint), stop, *watchers]
         with learn.added_cbs(callbacks), stop.listening(), learn.no_bar(), learn.no_logging():
             if frozen:
-                lr_mult = PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
-                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=lr_mult)
+                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=rate_spread(weights))
             else:
                 learn.unfreeze()
                 learn.fit_one_cycle(epochs, lr)
@@ -157,6 +156,11 @@ def fit(
     console.say(
         f"Best epoch: {best.epoch_of_best} of {history.epochs_done} (by validation AUROC); its weights are kept"
     )
+
+
+def rate_spread(weights: LoadedWeights) -> float:
+    """Return how many times lower the first layers' rate is than the last's, once all are trained."""
+    return PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
 
 
 def _stopped(signal_name: str, done: int, epochs: int, checkpoint: Path) -> str:
