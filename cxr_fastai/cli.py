@@ -4,7 +4,6 @@ Heavy imports stand inside the commands, so that `--help` answers at once. Error
 nowhere else. Exit codes: 0 done, 1 done but some inputs failed, 2 could not start, 130 stopped by the user.
 """
 
-import dataclasses
 import io
 import os
 import sys
@@ -15,19 +14,42 @@ from typing import Annotated, Any
 import typer
 
 from cxr_fastai import __version__
-from cxr_fastai.cli_predict import print_json, receiver
-from cxr_fastai.config import (
-    ARCHITECTURES,
-    DEVICES,
-    PRECISIONS,
-    TASKS,
-    TRACKERS,
-    UNCERTAIN,
-    GenerateConfig,
-    TrainConfig,
-    rank,
-    world,
+from cxr_fastai.cli_explore import explorer
+from cxr_fastai.cli_options import (
+    DEFAULT_DATA,
+    AllowLeaks,
+    Arch,
+    Augment,
+    BatchSize,
+    Data,
+    Device,
+    Dropout,
+    Epochs,
+    Folds,
+    FreezeEpochs,
+    HashIds,
+    Json,
+    Patience,
+    PatientRegex,
+    Positive,
+    Precision,
+    Prevalence,
+    Seed,
+    Size,
+    SkipBad,
+    SplitCsv,
+    Task,
+    Test,
+    Uncertain,
+    Valid,
+    WeightDecay,
+    Weights,
+    ensure_phantoms,
+    make_phantoms,
+    train_config,
 )
+from cxr_fastai.cli_predict import print_json, receiver
+from cxr_fastai.config import TRACKERS, GenerateConfig, TrainConfig, rank
 from cxr_fastai.errors import CxrError, UsageError
 
 app = typer.Typer(
@@ -41,73 +63,8 @@ app = typer.Typer(
     "explained and handed over. Start with: [bold]python cli.py train[/bold]. Research software, not a medical device.",
 )
 app.add_typer(receiver)
-DEFAULT_DATA = TrainConfig.data
+app.add_typer(explorer)
 DEBUG = "--debug"
-
-Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output, all else on standard error.")]
-Data = Annotated[
-    Path | None,
-    typer.Argument(
-        help="Folder of class folders, CSV with path,label[,patient_id][,split], DICOM tree with a labels.csv, or the "
-        "root of NIH ChestX-ray14, CheXpert, MIMIC-CXR-JPG, RSNA, Kermany, Shenzhen or Montgomery. "
-        f"Without it: {DEFAULT_DATA}, made if missing."
-    ),
-]
-Task = Annotated[str, typer.Option(help=f"What the labels are: {', '.join(TASKS)}.", rich_help_panel="Data")]
-PatientRegex = Annotated[
-    str | None, typer.Option(help="Finds the patient id in a file name (first group).", rich_help_panel="Data")
-]
-Positive = Annotated[
-    str | None, typer.Option(help="The class that a binary threshold is about.", rich_help_panel="Data")
-]
-Test = Annotated[float, typer.Option(help="Share of films kept for the test, by patient.", rich_help_panel="Data")]
-Valid = Annotated[float, typer.Option(help="Share of films for validation, by patient.", rich_help_panel="Data")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out films that cannot be read.", rich_help_panel="Data")
-]
-Uncertain = Annotated[
-    str,
-    typer.Option(help=f"Train findings called uncertain (-1) as: {', '.join(UNCERTAIN)}.", rich_help_panel="Data"),
-]
-HashIds = Annotated[
-    bool, typer.Option("--hash-ids", help="Store a hash instead of each patient id.", rich_help_panel="Data")
-]
-SplitCsv = Annotated[
-    str | None,
-    typer.Option(
-        "--split-csv",
-        help="CSV with path (or patient_id) and split, such as a run's split.csv.",
-        rich_help_panel="Data",
-    ),
-]
-Folds = Annotated[
-    int,
-    typer.Option(help="Cross-validate in so many parts and export the ensemble; 0: one part.", rich_help_panel="Data"),
-]
-Prevalence = Annotated[
-    list[float] | None,
-    typer.Option(help="Tell predictive values at this prevalence, too (repeatable)."),
-]
-Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
-Arch = Annotated[str, typer.Option(help=f"Network: {', '.join(ARCHITECTURES)}.", rich_help_panel="Training")]
-Weights = Annotated[
-    str,
-    typer.Option(
-        help="Start from: auto, imagenet, phantom, none, or a .safetensors or .pth file.", rich_help_panel="Training"
-    ),
-]
-Size = Annotated[int, typer.Option(help="Side of the square input in pixels.", rich_help_panel="Training")]
-BatchSize = Annotated[int, typer.Option(help="Films a step.", rich_help_panel="Training")]
-Dropout = Annotated[float, typer.Option(help="Before the last layer.", rich_help_panel="Training")]
-WeightDecay = Annotated[float, typer.Option(help="Adam's, decoupled.", rich_help_panel="Training")]
-Augment = Annotated[
-    float,
-    typer.Option(help="Strength of flips, turns, crops, contrast; 0 none, 1 the paper's.", rich_help_panel="Training"),
-]
-Precision = Annotated[
-    str, typer.Option(help=f"Arithmetic in training: {', '.join(PRECISIONS)}.", rich_help_panel="Training")
-]
-Device = Annotated[str, typer.Option(help=f"Where to train: {', '.join(DEVICES)}.", rich_help_panel="Training")]
 
 
 @app.callback(invoke_without_command=True)
@@ -166,38 +123,13 @@ def generate(
         print_json(made)
 
 
-def make_phantoms(config: GenerateConfig, console: Any) -> dict[str, Any]:
-    """Generate a dataset with progress; return what was made."""
-    from cxr_fastai.phantom import generate as generate_phantoms
-
-    with console.progress("Making films", config.n) as advance:
-        table = generate_phantoms(config, lambda done, total: advance())
-    counts = table["label"].value_counts().to_dict()
-    console.say(
-        f"{config.out}: {len(table)} synthetic films of {table['patient_id'].nunique()} patients, seed {config.seed}"
-    )
-    return {
-        "out": config.out,
-        "n": len(table),
-        "labels": counts,
-        "patients": int(table["patient_id"].nunique()),
-        "seed": config.seed,
-    }
-
-
-def ensure_phantoms(data: Path | None, console: Any) -> None:
-    """Make the default folder of phantoms where no data is given and it is not there."""
-    if data is None and not (Path(DEFAULT_DATA) / "dataset.json").is_file():
-        if world() > 1:
-            raise UsageError(f"no films in {DEFAULT_DATA}, and several processes cannot make them; run generate first")
-        console.say(f"No DATA given: making synthetic films in {DEFAULT_DATA}")
-        make_phantoms(GenerateConfig(), console)
-
-
 @app.command()
 def train(
     ctx: typer.Context,
     data: Data = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings from this TOML file; options given here go before them.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; else train-001, train-002 ...")] = None,
     out: Annotated[str, typer.Option(help="Folder of run folders.")] = TrainConfig.out,
     seed: Seed = TrainConfig.seed,
@@ -217,34 +149,20 @@ def train(
             help="Before training: cheap (copies, patients) or full (as the verb audit).", rich_help_panel="Data"
         ),
     ] = TrainConfig.audit,
-    allow_leaks: Annotated[
-        bool,
-        typer.Option(
-            "--allow-leaks", help="Train although the split leaks; the report says so.", rich_help_panel="Data"
-        ),
-    ] = False,
+    allow_leaks: AllowLeaks = False,
     arch: Arch = TrainConfig.arch,
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
     batch_size: BatchSize = TrainConfig.batch_size,
-    epochs: Annotated[
-        int, typer.Option(help="Epochs with all layers trained.", rich_help_panel="Training")
-    ] = TrainConfig.epochs,
-    freeze_epochs: Annotated[
-        int, typer.Option(help="Epochs before them that train the new last layer only.", rich_help_panel="Training")
-    ] = TrainConfig.freeze_epochs,
+    epochs: Epochs = TrainConfig.epochs,
+    freeze_epochs: FreezeEpochs = TrainConfig.freeze_epochs,
     lr: Annotated[
         str, typer.Option(help="Peak learning rate of Adam, or auto: from lr-find.", rich_help_panel="Training")
     ] = f"{TrainConfig.lr:g}",
     weight_decay: WeightDecay = TrainConfig.weight_decay,
     dropout: Dropout = TrainConfig.dropout,
     augment: Augment = TrainConfig.augment,
-    patience: Annotated[
-        int,
-        typer.Option(
-            help="Stop after so many epochs without a better validation AUROC; 0 never.", rich_help_panel="Training"
-        ),
-    ] = TrainConfig.patience,
+    patience: Patience = TrainConfig.patience,
     precision: Precision = TrainConfig.precision,
     device: Device = TrainConfig.device,
     keep_checkpoints: Annotated[
@@ -278,16 +196,16 @@ def train(
     """Train, test, explain and export a classifier; everything it leaves is in one run folder."""
     if resume is not None:
         alone(ctx, "resume", "as_json")
-    config = train_config(locals())
+    settings = train_config(locals())
     from cxr_fastai.console import Console
 
     console = Console(machine=as_json, quiet=rank() > 0)
     if resume is None:
-        ensure_phantoms(data, console)
+        ensure_phantoms(data, settings, console)
     with console.busy("Starting fastai"):
         from cxr_fastai import training
 
-    run, metrics = training.resume(resume, console) if resume else training.train(config, console)
+    run, metrics = training.resume(resume, console) if resume else training.train(settings, console)
     if rank() > 0:
         return
     show_metrics(metrics, console)
@@ -302,25 +220,6 @@ def alone(ctx: typer.Context, name: str, *allowed: str) -> None:
     if others := sorted(given - {name, *allowed}):
         flags = ", ".join(key if key == "data" else f"--{key.replace('_', '-')}" for key in others)
         raise UsageError(f"--{name} takes all settings from the run; leave out {flags}")
-
-
-def train_config(given: dict[str, Any]) -> TrainConfig:
-    """Return the config that a command's options make: they bear the names of its fields."""
-    settings = {field.name: given[field.name] for field in dataclasses.fields(TrainConfig) if field.name in given}
-    rate = {"lr": learning_rate(given["lr"])} if "lr" in given else {}
-    named = (name.strip() for part in given.get("track") or () for name in part.split(","))
-    lists = {"prevalence": tuple(given.get("prevalence") or ()), "track": tuple(named)}
-    return TrainConfig(**{**settings, **rate, **lists, "data": str(given["data"] or DEFAULT_DATA)})
-
-
-def learning_rate(text: str) -> float | None:
-    """Return the rate meant by --lr; None is auto."""
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--lr is {text}, but must be a number above 0, or auto") from None
 
 
 def show_metrics(metrics: dict[str, Any], console: Any) -> None:
@@ -347,49 +246,6 @@ def show_metrics(metrics: dict[str, Any], console: Any) -> None:
         console.say(f"{metrics['errors']} films could not be read; they are in no figure above")
 
 
-@app.command("lr-find")
-def lr_find(
-    data: Data = None,
-    seeds: Annotated[
-        int, typer.Option(help="Runs, each with its own seed; the median is suggested.", min=1, max=100)
-    ] = 3,
-    iterations: Annotated[int, typer.Option(help="Steps of one run.", min=30, max=10_000)] = 100,
-    plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("exports/lr_find.png"),
-    seed: Seed = TrainConfig.seed,
-    task: Task = TrainConfig.task,
-    positive: Positive = None,
-    patient_regex: PatientRegex = None,
-    test: Test = TrainConfig.test,
-    valid: Valid = TrainConfig.valid,
-    skip_bad: SkipBad = False,
-    uncertain: Uncertain = TrainConfig.uncertain,
-    hash_ids: HashIds = False,
-    split_csv: SplitCsv = None,
-    arch: Arch = TrainConfig.arch,
-    weights: Weights = TrainConfig.weights,
-    size: Size = TrainConfig.size,
-    batch_size: BatchSize = TrainConfig.batch_size,
-    weight_decay: WeightDecay = TrainConfig.weight_decay,
-    dropout: Dropout = TrainConfig.dropout,
-    augment: Augment = TrainConfig.augment,
-    precision: Precision = TrainConfig.precision,
-    device: Device = TrainConfig.device,
-    as_json: Json = False,
-) -> None:
-    """Find a learning rate: fastai's lr_find over several seeds, with the spread and a plot."""
-    config = train_config(locals())
-    from cxr_fastai.console import Console
-
-    console = Console(machine=as_json)
-    ensure_phantoms(data, console)
-    with console.busy("Starting fastai"):
-        from cxr_fastai.explore import find_rate
-
-    found = find_rate(config, seeds=seeds, iterations=iterations, plot=plot, console=console)
-    if as_json:
-        print_json(found)
-
-
 @app.command()
 def audit(
     data: Data = None,
@@ -409,7 +265,7 @@ def audit(
     from cxr_fastai.console import Console
 
     console = Console(machine=as_json)
-    ensure_phantoms(data, console)
+    ensure_phantoms(data, TrainConfig(), console)
     options = {"task": task, "patient_regex": patient_regex, "hash_ids": hash_ids}
     found = run_audit(str(data or DEFAULT_DATA), model=model, page=page, options=options, seed=seed, console=console)
     show_audit(found, console)

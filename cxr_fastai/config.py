@@ -7,6 +7,7 @@ Standard library only. Every class checks itself when it is made, and a message 
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,13 +19,15 @@ UNCERTAIN = ("ignore", "ones", "zeros", "soft")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREDICT_PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-# torchvision names whose body ends in a map of features, so that evidence has a place.
+# The usual networks. Any other of torchvision or timm will do whose body ends in a map of features, so that evidence
+# has a place; whether it does is seen where it is made (architectures.py).
 ARCHITECTURES = (
     *(f"densenet{n}" for n in (121, 161, 169, 201)),
     *(f"resnet{n}" for n in (18, 34, 50, 101, 152)),
     *(f"vgg{n}_bn" for n in (11, 13, 16, 19)),
 )  # fmt: skip
 TRACKERS = ("tensorboard", "mlflow", "trackio")
+NETWORK_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # timm's have a tag of their weights after a point
 SHORTCUTS = ("marker", "border", "brightness", "format")
 MAX_SEED = 2**32 - 1
 
@@ -194,7 +197,7 @@ class TrainConfig(DataConfig):
     """One training run.
 
     name, out: the run folder is `out/name`; without a name train-001, train-002 ...
-    arch: torchvision name. weights: auto, imagenet, phantom, none, or a file.
+    arch: torchvision or timm name. weights: auto, imagenet, phantom, none, or a file.
     size: side of the square input in pixels. batch_size: films a step.
     epochs: with all layers trained; freeze_epochs: before them, with the pretrained body kept.
     lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
@@ -248,7 +251,8 @@ class TrainConfig(DataConfig):
             raise UsageError(
                 "--target-sensitivity and --target-specificity: a threshold can reach one of them; give one"
             )
-        require(self.arch in ARCHITECTURES, "--arch", self.arch, f"one of {', '.join(ARCHITECTURES)}")
+        named = NETWORK_NAME.fullmatch(self.arch) is not None
+        require(named, "--arch", self.arch, f"a name in torchvision or timm, such as {ARCHITECTURES[0]}")
         require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
         require(2 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "from 2 to 4096")
         require(1 <= self.epochs <= 10_000, "--epochs", self.epochs, "from 1 to 10000")
@@ -268,3 +272,55 @@ class TrainConfig(DataConfig):
             self.name not in ("", ".", "..", "latest") and "/" not in self.name and "\\" not in self.name
         )
         require(name_ok, "--name", self.name, "a plain folder name, other than 'latest'")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """One search for settings: what is tried, and for how long.
+
+    train: what no trial changes; its name is the sweep's, too. Its epochs and freeze_epochs together are those of each
+        trial, however they are shared between the two phases.
+    trials: how many are to be finished in all, those of earlier calls and other machines included.
+    minutes: after which no trial begins, nor one that would hardly end in time; None is no limit.
+    archs, weights, sizes, batch_sizes: what is chosen from.
+    rate_factor: how far below and above lr-find's suggestion a trial's learning rate may lie.
+    storage: Optuna's, a database URL or `journal:FILE`; None is a file of SQLite in the sweep's folder.
+    workers: processes. final: whether the winner is trained and tested in the end.
+    """
+
+    train: TrainConfig
+    trials: int = 20
+    minutes: float | None = None
+    archs: tuple[str, ...] = (TrainConfig.arch,)
+    weights: tuple[str, ...] = (TrainConfig.weights,)
+    sizes: tuple[int, ...] = (TrainConfig.size,)
+    batch_sizes: tuple[int, ...] = (TrainConfig.batch_size,)
+    rate_factor: float = 4.0
+    storage: str | None = None
+    workers: int = 1
+    final: bool = True
+
+    def __post_init__(self) -> None:
+        require(1 <= self.trials <= 100_000, "--trials", self.trials, "from 1 to 100000")
+        require(self.minutes is None or 0 < self.minutes < float("inf"), "--minutes", self.minutes, "above 0")
+        require(1 <= self.rate_factor <= 100, "--rate-factor", self.rate_factor, "from 1 to 100")
+        require(1 <= self.workers <= 256, "--workers", self.workers, "from 1 to 256")
+        require(not self.train.folds, "--folds", self.train.folds, "0: a sweep chooses on one validation set")
+        where = self.storage is None or re.fullmatch("journal:.+|.+://.*", self.storage) is not None
+        require(where, "--storage", repr(self.storage), "a database URL, or journal:FILE")
+        choices: dict[str, tuple[Any, ...]] = {"arch": self.archs, "size": self.sizes, "batch_size": self.batch_sizes}
+        for field, values in choices.items():
+            require(len(set(values)) == len(values) > 0, f"--{field.replace('_', '-')}", values, "given, each once")
+            for value in values:
+                dataclasses.replace(self.train, **{field: value})  # checks it
+
+
+def sizes_around(size: int) -> tuple[int, ...]:
+    """Return a size with a smaller and a larger one, of half and twice the pixels, in steps of 32."""
+    near = (round(size * factor / 32) * 32 for factor in (0.7, 1.4))
+    return tuple(sorted({size, *(n for n in near if 32 <= n <= 1024)}))
+
+
+def batch_sizes_around(batch_size: int) -> tuple[int, ...]:
+    """Return half of a batch size, itself and twice it."""
+    return tuple(sorted({max(2, batch_size // 2), batch_size, min(4096, 2 * batch_size)}))

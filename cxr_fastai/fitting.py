@@ -226,8 +226,7 @@ def _fit(
             contextlib.closing(saving),
         ):
             if frozen:
-                lr_mult = PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
-                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=lr_mult)
+                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=rate_spread(weights))
             else:
                 learn.unfreeze()
                 learn.fit_one_cycle(epochs, lr)
@@ -250,6 +249,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can raise anything in torch's reader
         raise ModelFileError(f"{file}: not a checkpoint ({error}); train again") from error
     return state
+
+
+def rate_spread(weights: LoadedWeights) -> float:
+    """Return how many times lower the first layers' rate is than the last's, once all are trained."""
+    return PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

@@ -1,4 +1,4 @@
-"""The network: a torchvision body, and a head that makes the explanation exact.
+"""The network: a body of torchvision or timm, and a head that makes the explanation exact.
 
     film -> body -> ReLU -> mean over places -> dropout -> one linear layer -> logits
 
@@ -7,10 +7,7 @@ CheXNet (Rajpurkar 2017). The head is linear in the mean over places, so each cl
 local contributions, plus a bias: that map is the evidence, part of the forward pass.
 """
 
-import contextlib
 import re
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.vision.learner import create_body, model_meta, vision_learner
+from fastai.vision.learner import add_head, vision_learner
 from safetensors.torch import load_file
 from torch import nn
 
+from cxr_fastai.architectures import (
+    architecture,
+    count_features,
+    first_line,
+    groups_of_layers,
+    imagenet_state,
+    known_to_fastai,
+    make_body,
+    names_in_body,
+)
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.data import normalised
 from cxr_fastai.errors import ModelFileError, UsageError
 from cxr_fastai.runs import SHIPPED_WEIGHTS
-
-DOWNLOAD_SECONDS = 20.0
 
 
 class EvidenceHead(nn.Module):
@@ -65,30 +69,6 @@ class LoadedWeights:
     pretrained: bool
 
 
-def architecture(name: str):
-    """Return torchvision's constructor of an architecture."""
-    return getattr(torchvision.models, name)
-
-
-def make_body(name: str) -> tuple[nn.Sequential, dict[str, str]]:
-    """Return the convolutional body of an architecture as fastai cuts it, and torchvision's name -> its name there.
-
-    The weights are random. The names hold every parameter and buffer that stays in the body.
-    """
-    constructor = architecture(name)
-    whole = constructor(weights=None)
-    body = create_body(whole, pretrained=False, cut=model_meta[constructor]["cut"])
-    ours = {id(tensor): key for key, tensor in (*body.named_parameters(), *body.named_buffers())}
-    theirs = {key: ours[id(t)] for key, t in (*whole.named_parameters(), *whole.named_buffers()) if id(t) in ours}
-    return body, theirs
-
-
-def count_features(name: str) -> int:
-    """Return the number of channels that the body of an architecture ends in."""
-    with torch.device("meta"):
-        return make_body(name)[0].eval()(torch.empty(1, 3, 64, 64)).shape[1]
-
-
 def adam(groups: Sequence[Any], lr: float) -> OptimWrapper:
     """Return PyTorch's AdamW, all tensors of a step at once, for fastai: that one's defaults, and its momentum by name.
 
@@ -99,19 +79,28 @@ def adam(groups: Sequence[Any], lr: float) -> OptimWrapper:
 
 def make_learner(dls: DataLoaders, config: TrainConfig, loss: nn.Module) -> tuple[Learner, LoadedWeights]:
     """Make the fastai Learner of a run: `vision_learner` with the evidence head, weights as `config.weights` says."""
-    learn = vision_learner(
-        dls,
-        architecture(config.arch),
-        normalize=False,  # it stands in the batch transforms already
-        pretrained=False,
-        custom_head=EvidenceHead(count_features(config.arch), len(dls.vocab), config.dropout),
-        loss_func=loss,
-        opt_func=adam,
-        train_bn=False,  # a frozen body then needs no gradients
-        lr=config.lr or TrainConfig.lr,
-        wd=config.weight_decay,
-        path=Path(config.out),
-    )
+    features = count_features(config.arch, config.size)
+    head = EvidenceHead(features, len(dls.vocab), config.dropout)
+    settings = {
+        "loss_func": loss,
+        "opt_func": adam,
+        "train_bn": False,  # a frozen body then needs no gradients
+        "lr": config.lr or TrainConfig.lr,
+        "wd": config.weight_decay,
+        "path": Path(config.out),
+    }
+    if known_to_fastai(config.arch):
+        learn = vision_learner(
+            dls,
+            architecture(config.arch),
+            normalize=False,  # it stands in the batch transforms already
+            pretrained=False,
+            custom_head=head,
+            **settings,
+        )
+    else:
+        model = add_head(make_body(config.arch)[0], features, len(dls.vocab), head=head)
+        learn = Learner(dls, model, splitter=groups_of_layers, **settings)
     # A linear layer after ReLU features: zero bias and small weights, as torchvision's own DenseNet starts.
     nn.init.zeros_(learn.model[1].linear.bias)
     return learn, load_weights(learn.model[0], config.arch, config.weights)
@@ -136,8 +125,8 @@ def load_weights(body: nn.Module, arch: str, weights: str) -> LoadedWeights:
             return _load_imagenet(body, arch)
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                f"--weights imagenet: not in the cache ({torch.hub.get_dir()}) and the download failed ({error}); "
-                "put the file there, or use --weights auto"
+                f"--weights imagenet: not in the cache ({torch.hub.get_dir()}) and the download failed "
+                f"({first_line(error)}); put the file there, or use --weights auto"
             ) from error
     if weights == "phantom":
         return _load_phantom(body, arch)
@@ -148,28 +137,17 @@ def _best_at_hand(body: nn.Module, arch: str) -> LoadedWeights:
     try:
         return _load_imagenet(body, arch)
     except (OSError, RuntimeError) as error:
-        reason = f"ImageNet's are not in the cache and could not be downloaded ({_first_line(error)})"
+        reason = f"ImageNet's are not in the cache and could not be downloaded ({first_line(error)})"
     if arch == "densenet121" and SHIPPED_WEIGHTS.is_file():
         loaded = _load_phantom(body, arch)
         return LoadedWeights(loaded.kind, f"{loaded.detail}, since {reason}", True)
     return LoadedWeights("none", f"RANDOM weights: {reason}, and none are shipped for {arch}", False)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _load_imagenet(body: nn.Module, arch: str) -> LoadedWeights:
-    weights = torchvision.models.get_model_weights(arch).DEFAULT
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torch.hub sets none: a silent network would hang the run
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-            state = weights.get_state_dict(progress=True, check_hash=True)
-    finally:
-        socket.setdefaulttimeout(before)
+    state, detail = imagenet_state(arch)
     _fill(body, arch, state, f"imagenet ({arch})")
-    return LoadedWeights("imagenet", f"ImageNet weights of {arch} (torchvision {weights.name})", True)
+    return LoadedWeights("imagenet", detail, True)
 
 
 def _load_phantom(body: nn.Module, arch: str) -> LoadedWeights:
@@ -195,7 +173,7 @@ def _load_file(body: nn.Module, arch: str, path: Path, name: str) -> LoadedWeigh
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything in either library
-        raise ModelFileError(f"--weights {name}: not a file of weights ({_first_line(error)})") from error
+        raise ModelFileError(f"--weights {name}: not a file of weights ({first_line(error)})") from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     matched = _fill(body, arch, state, name)
@@ -206,8 +184,7 @@ def _fill(body: nn.Module, arch: str, state: object, name: str) -> int:
     """Copy `state` into `body`; every tensor of the body must be there with its shape. Return how many."""
     if not isinstance(state, dict):
         raise ModelFileError(f"--weights {name}: holds a {type(state).__name__}, not a state dict of named tensors")
-    with torch.device("meta"):
-        names = make_body(arch)[1]
+    names = names_in_body(arch)
     # A fastai Learner is a body, 0., and a head, 1.
     learners = all(key.startswith(("0.", "1.")) for key in state) and any(key.startswith("1.") for key in state)
     plain = {

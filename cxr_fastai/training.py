@@ -41,7 +41,7 @@ from cxr_fastai.fitting import (
 )
 from cxr_fastai.grading import write_evidence
 from cxr_fastai.metrics import conformal_scores, fit_temperature, youden_threshold
-from cxr_fastai.model import LoadedWeights, body_and_head, cooled, ensemble
+from cxr_fastai.model import LoadedWeights, body_and_head, cooled, count_features, ensemble
 from cxr_fastai.outliers import QUANTILE, fit_outliers, limit_of
 from cxr_fastai.predict import Prediction, Predictor, decide
 from cxr_fastai.runs import MANIFEST, finish, new_run, read_cells, safe_cell, sweep_temporary, write_text
@@ -71,6 +71,7 @@ def train(config: TrainConfig, console: Console = QUIET) -> tuple[Path, dict[str
     CxrError
         Where the data, the options or the training cannot go on; what was finished before stays.
     """
+    count_features(config.arch, config.size)  # refuses a name that is none, before any film is read
     with ranks.joined(choose_device(config.device).type == "cuda"):
         run = Path(ranks.said_by_first(None if rank() else str(new_run(config.out, config.name))))
         try:

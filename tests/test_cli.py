@@ -37,7 +37,7 @@ def film(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verb", ["generate", "train", "lr-find", "evaluate", "predict", "inspect", "serve"])
+@pytest.mark.parametrize("verb", ["generate", "train", "lr-find", "sweep", "evaluate", "predict", "inspect", "serve"])
 def test_help_names_every_option_with_its_default(cxr, verb: str) -> None:
     code, out, _ = cxr(verb, "--help")
     assert code == 0
@@ -57,6 +57,10 @@ def test_version(cxr) -> None:
         (("train", "--epochs", "0"), "--epochs is 0, but must be from 1 to 10000"),
         (("train", "--epochs", "three"), "Invalid value for '--epochs'"),
         (("train", "--lr", "fast"), "--lr is fast, but must be a number above 0, or auto"),
+        (("train", "--config", "no.toml"), "--config no.toml: cannot be read (No such file or directory)"),
+        (("train", "x", "--arch", "densenet12"), "--arch is densenet12: "),
+        (("sweep", "--trials", "0"), "--trials is 0, but must be from 1 to 100000"),
+        (("sweep", "--storage", "here"), "--storage is 'here', but must be a database URL, or journal:FILE"),
         (("predict", "x.png", "--model", "no/model"), "no/model: no run there; train one first"),
         (("evaluate", "no/run"), "no/run: no run there"),
         (("generate", "--n", "0"), "--n is 0"),

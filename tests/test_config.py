@@ -1,6 +1,6 @@
 import pytest
 
-from cxr_fastai.config import GenerateConfig, TrainConfig
+from cxr_fastai.config import GenerateConfig, SweepConfig, TrainConfig, batch_sizes_around, sizes_around
 from cxr_fastai.errors import UsageError
 
 
@@ -29,7 +29,10 @@ def test_unknown_setting_is_named() -> None:
         ({"epochs": 0}, "--epochs is 0, but must be from 1 to 10000"),
         ({"lr": 0.0}, "--lr is 0.0, but must be a number above 0, or auto"),
         ({"lr": float("nan")}, "--lr is nan"),
-        ({"arch": "vit"}, "--arch is vit, but must be one of densenet121"),
+        (
+            {"arch": "hf-hub:a/b"},
+            "--arch is hf-hub:a/b, but must be a name in torchvision or timm, such as densenet121",
+        ),
         ({"size": 16}, "--size is 16, but must be from 32 to 1024"),
         ({"batch_size": 1}, "--batch-size is 1"),
         ({"test": 0.6, "valid": 0.5}, "--test plus --valid is 1.1, but must be below 1"),
@@ -55,3 +58,31 @@ def test_training_settings_are_checked(setting: dict, message: str) -> None:
 def test_generate_settings_are_checked(setting: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         GenerateConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"trials": 0}, "--trials is 0, but must be from 1 to 100000"),
+        ({"minutes": 0.0}, r"--minutes is 0.0, but must be above 0"),
+        ({"workers": 0}, "--workers is 0, but must be from 1 to 256"),
+        ({"rate_factor": 0.5}, "--rate-factor is 0.5, but must be from 1 to 100"),
+        ({"storage": "trials"}, "--storage is 'trials', but must be a database URL, or journal:FILE"),
+        ({"storage": "journal:"}, "--storage is 'journal:'"),
+        ({"sizes": (64, 16)}, "--size is 16, but must be from 32 to 1024"),
+        ({"archs": ("a b",)}, "--arch is a b, but must be a name in torchvision or timm"),
+        ({"batch_sizes": (8, 8)}, r"--batch-size is \(8, 8\), but must be given, each once"),
+        ({"train": TrainConfig(folds=3)}, "--folds is 3, but must be 0: a sweep chooses on one validation set"),
+    ],
+)
+def test_sweep_settings_are_checked(setting: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SweepConfig(**{"train": TrainConfig(), **setting})
+
+
+def test_sizes_and_batch_sizes_to_try_lie_around_the_one_given() -> None:
+    assert sizes_around(224) == (160, 224, 320)
+    assert sizes_around(32) == (32,)
+    assert sizes_around(1024) == (704, 1024)
+    assert batch_sizes_around(16) == (8, 16, 32)
+    assert batch_sizes_around(2) == (2, 4)
