@@ -84,7 +84,12 @@ def assert_equal(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("epoch", "batch", "minutes"),
-    [(1, 2, 0), (1, None, 0), (2, 1, 0), (3, 3, 0), (1, 3, 1e-9), (2, 2, 1e-9), (3, 4, 1e-9)],
+    [
+        (2, 1, 0),
+        (1, 3, 1e-9),
+        (3, 4, 1e-9),
+        *(pytest.param(*at, marks=pytest.mark.long) for at in ((1, 2, 0), (1, None, 0), (3, 3, 0), (2, 2, 1e-9))),
+    ],
 )
 def test_resumed_it_ends_like_the_unbroken(
     films: Path, body: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int,
