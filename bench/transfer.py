@@ -11,7 +11,7 @@ in a folder of its own. For each hospital three questions:
 
 N films are all that is learned from: a fifth of them chooses the epoch. Films of one seed are nested, whole patients
 are held out, and every start sees the same films. Finished cells lie in WORK/cells.jsonl, so that a bench that was cut
-off goes on. Out: OUT/transfer.md, transfer.png and transfer.json. About 80 minutes on two cores, minutes on a GPU.
+off goes on. Out: OUT/transfer.md, transfer.png and transfer.json. About 90 minutes on two idle cores.
 """
 
 import argparse
@@ -19,8 +19,11 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,8 +50,8 @@ NORMAL, ABNORMAL = "normal", "abnormal"
 STARTS = {"phantom": "phantom", "random": "none", "imagenet": "imagenet"}  # the product's --weights
 VALID = 0.2  # of the few films, by which the epoch is chosen
 EPOCH = 320  # films: fewer come several times, so that the number of films changes neither steps nor schedule
-LONGER = 3  # times as many epochs, for random weights with the most films: are they starved?
-LONGER_SEEDS = 2
+LONGER = 4  # times as many epochs, for random weights with the most films: are they starved?
+LONGER_SEEDS = 1
 LEAST_SHOTS = 10
 STATISTICS_FILMS = 128  # by which random weights get the statistics of their batch normalisation
 GRID = np.logspace(-5, 1, 7)  # C of the logistic regression
@@ -284,12 +287,20 @@ AT_HAND: dict[str, Any] = {}  # of a worker process: settings, tables, opener
 
 
 def begin(settings: Settings) -> None:
-    """Set up a worker process: its threads, and all films from the cache."""
+    """Set up a worker process: its threads, its end with the parent's, and all films from the cache."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=end_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)
     tables, opener = hospitals(settings.real), OpenFilm(settings.size)
     read_films(opener, [path for table in tables.values() for path in table["path"]], lambda: None)
     AT_HAND.update(settings=settings, tables=tables, opener=opener)
+
+
+def end_with(sentinel: int) -> None:
+    """End this process when another one has ended, however that came about; a pool's worker would go on without it."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def work(job: Job) -> list[dict[str, Any]]:
@@ -356,14 +367,15 @@ def run_all(jobs: list[Job], file: Path, setting: dict[str, Any], settings: Sett
 
 
 def starts_at_hand(asked: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the starts whose weights can be had, and for each other one a line that says why not."""
+    """Return the starts whose weights can be had, and for each other one a line that says so."""
     starts, notes = [], []
     for start in asked:
         try:
             load_weights(make_body("densenet121")[0], "densenet121", STARTS[start])
             starts.append(start)
         except CxrError as error:
-            notes.append(f"{start} left out: {error}")
+            print(f"{start} left out: {error}")
+            notes.append(f"{start} weights left out: they could not be had where this was measured")
     return starts, notes
 
 
@@ -374,8 +386,8 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", default=[20, 50, 100, 200, 400], help="numbers of real films")
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--epochs", type=int, default=4, help=f"of {EPOCH} films, the frozen one included")
-    parser.add_argument("--test", type=int, default=300, help="films held out, at most half of a hospital's")
+    parser.add_argument("--epochs", type=int, default=3, help=f"of {EPOCH} films, the frozen one included")
+    parser.add_argument("--test", type=int, default=250, help="films held out, at most half of a hospital's")
     parser.add_argument("--boot", type=int, default=2000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, help="processes; by default one a core, on a GPU one")
@@ -396,8 +408,6 @@ def main() -> int:
     )
     tables = hospitals(settings.real)
     starts, notes = starts_at_hand(options.starts)
-    for note in notes:
-        print(note)
     jobs, setting = plan(tables, options, starts), setting_of(settings, tables)
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.work / "cells.jsonl"

@@ -101,7 +101,7 @@ def test_a_plan_leaves_out_what_the_films_do_not_suffice_for(table: pd.DataFrame
     jobs = transfer.plan({"one": table}, options, ["phantom", "random"])
     fits = [(job.start, job.shots, job.epochs) for job in jobs if job.kind == "fit"]
     assert {shots for _, shots, _ in fits} == {(20,), (40,)}
-    assert ("random", (40,), 12) in fits
+    assert ("random", (40,), 16) in fits
     assert [job.shots for job in jobs if job.kind == "probe"] == [(20, 40)] * 2
 
 
@@ -170,3 +170,16 @@ def test_a_body_with_random_weights_gets_statistics_of_the_films(films: Path) ->
     assert pooled.shape == (4, 1024)
     assert np.isfinite(pooled).all()
     assert pooled.std(axis=0).max() > 0
+
+
+def test_a_fit_scores_the_films_held_out(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = sorted(films.rglob("*.png"))
+    rows = [{"path": str(p), "label": p.parent.name, "patient_id": p.stem, "split": ""} for p in paths]
+    own = transfer.described(pd.DataFrame(rows))
+    monkeypatch.setattr(transfer, "EPOCH", 16)
+    settings = transfer.Settings(films, 32, 20, "cpu", 1)
+    job = Job("fit", "one", "random", 0, (20,), 2)
+    (record,) = transfer.run_job(job, own, transfer.OpenFilm(32), settings)
+    assert len(record["scores"]) == len(deal(own, 0, 20)[1])
+    assert len(set(record["scores"])) > 10
+    assert transfer.left_of([job], {transfer.key_text(record): record}) == []
