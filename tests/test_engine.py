@@ -32,7 +32,9 @@ def test_a_film_gets_the_same_answer_alone_and_among_others(finished: Path, kind
     films = np.random.default_rng(0).random((16, 32, 32), dtype=np.float32)
     together = run(films)["probabilities"]
     alone = np.concatenate([run(films[i : i + 1])["probabilities"] for i in range(16)])
-    np.testing.assert_allclose(together, alone, atol=1e-6 if kind == "fp32" else 1e-3)
+    # A processor with tiles for bfloat16 (AMX) sums in another order for one film than for many: 0.002 was seen on this
+    # steep little network. That is less than bfloat16 itself may change, 0.01, or the export would not allow it.
+    np.testing.assert_allclose(together, alone, atol=1e-6 if kind == "fp32" else 5e-3)
 
 
 def test_auto_is_bf16_only_where_the_card_and_the_processor_allow(finished: Path, monkeypatch) -> None:

@@ -159,6 +159,7 @@ def test_no_suggestion_is_an_error(small: TrainConfig, tmp_path: Path, monkeypat
         find_rate(small, seeds=1, iterations=40, plot=tmp_path / "lr.png")
 
 
+@pytest.mark.long
 def test_train_with_lr_auto_uses_the_suggestion(films: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         data=str(films), out=str(tmp_path), name="auto", size=32, epochs=1, arch="resnet18", weights="none", lr=None

@@ -104,6 +104,7 @@ def test_resumed_it_ends_like_the_unbroken(
     assert (tmp_path / "latest").resolve() == run.resolve()
 
 
+@pytest.mark.long
 def test_folds_go_on_with_the_one_that_was_cut_off(
     films: Path, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
