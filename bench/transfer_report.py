@@ -14,10 +14,11 @@ import pandas as pd
 
 from cxr_fastai.metrics import auroc, interval, resample_weights
 from cxr_fastai.phantom import FINDINGS
+from cxr_fastai.report.plots import BLUE, GREEN, ORANGE
 from cxr_fastai.runs import atomic_path, write_text
 
 AGES = {"under 18": (0, 18), "18 to 39": (18, 40), "40 to 59": (40, 60), "60 and over": (60, 200)}
-COLOURS = {"phantom": "#0072B2", "random": "#D55E00", "imagenet": "#009E73"}  # Okabe and Ito, colour-blind safe
+COLOURS = {"phantom": BLUE, "random": ORANGE, "imagenet": GREEN}
 MARKS = {"phantom": "o", "random": "s", "imagenet": "^"}
 NAMES = {"phantom": "phantom weights", "random": "random weights", "imagenet": "ImageNet weights"}
 

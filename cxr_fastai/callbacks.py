@@ -1,4 +1,4 @@
-"""What watches a training run: history, the best epoch, checkpoints, a stop by the user, a loss that is not finite.
+"""What watches a training run: history, the best epoch, a stop by the user, a loss that is not finite.
 
 fastai callbacks. None of them reads a value off the device within an epoch more often than it must.
 """
@@ -6,12 +6,9 @@ fastai callbacks. None of them reads a value off the device within an epoch more
 import contextlib
 import csv
 import io
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,17 +18,13 @@ import torch
 from fastai.callback.core import (
     Callback,
     CancelBackwardException,
-    CancelEpochException,
     CancelFitException,
     CancelStepException,
 )
-from fastai.data.load import DataLoader
-from torch import nn
 
-from cxr_fastai.config import world
 from cxr_fastai.metrics import auroc
-from cxr_fastai.ranks import any_of, joined_outputs
-from cxr_fastai.runs import atomic_path, write_text
+from cxr_fastai.ranks import any_of, bare, joined_outputs
+from cxr_fastai.runs import write_text
 
 HISTORY_COLUMNS = (
     "epoch", "phase", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "valid_auroc", "lr", "seconds",
@@ -50,6 +43,18 @@ class Autocast(Callback):
     def after_pred(self) -> None:  # noqa: D102
         self.context.__exit__(None, None, None)
         self.learn.pred = self.pred.float()
+
+
+class EpochCallback(Callback):
+    """A callback that is told by `epoch_done` of each epoch that was trained; not of those that a resumed fit skips."""
+
+    def after_epoch(self) -> None:  # noqa: D102
+        if not self.position.skipping:
+            self.epoch_done()
+
+    def epoch_done(self) -> None:
+        """Do what is to be done after an epoch; `learn.history.rows[-1]` is its row, for orders above its own (55)."""
+        raise NotImplementedError
 
 
 class FiniteLoss(Callback):
@@ -92,7 +97,7 @@ class FiniteLoss(Callback):
         raise CancelFitException
 
 
-class History(Callback):
+class History(EpochCallback):
     """One row an epoch, over both phases of `fine_tune`: written to history.csv and handed to `on_epoch`.
 
     In cross-validation the rows have a column `fold`, and follow those of the folds before.
@@ -129,9 +134,7 @@ class History(Callback):
         if self.training:
             self.on_batch()
 
-    def after_epoch(self) -> None:  # noqa: D102
-        if self.position.skipping:
-            return
+    def epoch_done(self) -> None:  # noqa: D102
         train, valid = (self._joined(training) for training in (True, False))
         losses = joined_outputs(torch.stack([loss for _, _, loss in self.outputs[True]]), self.dls.train)
         row = {
@@ -183,7 +186,7 @@ def _rows(file: Path) -> list[dict]:
         return list(csv.DictReader(stream))
 
 
-class BestEpoch(Callback):
+class BestEpoch(EpochCallback):
     """Keep the weights of the best epoch of both phases, and stop a phase that brought no better for `patience` epochs.
 
     Best is the highest validation AUROC; of equal ones, the lowest validation loss.
@@ -205,9 +208,7 @@ class BestEpoch(Callback):
         if self.patience and without_better >= self.patience:
             raise CancelFitException
 
-    def after_epoch(self) -> None:  # noqa: D102
-        if self.position.skipping:
-            return
+    def epoch_done(self) -> None:  # noqa: D102
         row = self.history.rows[-1]
         score = (row["valid_auroc"], -row["valid_loss"])
         if self.best is None or score > self.best:
@@ -222,169 +223,6 @@ class BestEpoch(Callback):
         """Go on from what `state` returned."""
         for key, value in state.items():
             setattr(self, key, value)
-
-
-class Position(Callback):
-    """Which phase and epoch a fit is in; from a checkpoint it goes on exactly where that one was written.
-
-    Phases and epochs that were done are passed over (`skipping`). In the first one that was not, the states of chance
-    are put back right before the next draw, so that on a CPU the run ends as if it had not been cut off.
-    """
-
-    order = 65  # every other callback has begun its fit or epoch by then
-
-    def __init__(self, saved: dict[str, Any] | None = None):
-        self.saved = saved
-        self.phase, self.skipping = 0, False
-
-    def before_fit(self) -> None:  # noqa: D102
-        self.phase += 1
-        if self.saved is not None and self.phase < self.saved["phase"]:
-            raise CancelFitException
-        if self.saved is not None and self.phase == self.saved["phase"]:
-            bare(self.model).load_state_dict(self.saved["model"])
-            if self.saved["opt"] is not None:
-                self.opt.load_state_dict(self.saved["opt"])
-            self.history.rows = list(self.saved["history"])
-            self.best_epoch.restore(self.saved["best"])
-
-    def before_epoch(self) -> None:  # noqa: D102
-        saved = self.saved
-        self.skipping = saved is not None and self.phase == saved["phase"] and self.epoch < saved["epoch"]
-        if self.skipping:
-            raise CancelEpochException
-        if saved is None:
-            return
-        chance = partial(set_chance, saved["chance"], self.dls.train)
-        if saved["order"] is None:
-            chance()
-            self.saved = None
-        else:
-            self.dls.train.continues = (saved["order"], saved["films"], chance)
-            self.history.outputs[True] = [tuple(t.to(self.dls.device) for t in one) for one in saved["outputs"]]
-
-    def before_train(self) -> None:  # noqa: D102
-        if self.saved is not None:  # within an epoch
-            self.learn.pct_train = self.saved["pct_train"]
-            self.saved = None
-
-
-class Checkpoint(Callback):
-    """Write all that a fit needs to go on, after each epoch, every so many minutes, and when it is stopped.
-
-    The earlier file stays until the new one is whole. It holds tensors, numbers, text, lists and dicts alone, so that
-    torch's `weights_only` reader takes it.
-    """
-
-    order = 70
-
-    def __init__(self, file: Path, minutes: float = 0):
-        self.file, self.seconds, self.written = file, minutes * 60, time.monotonic()
-        self.writer, self.writing = ThreadPoolExecutor(1), Future[None]()
-        self.writing.set_result(None)
-
-    def before_epoch(self) -> None:  # noqa: D102
-        if not self.position.skipping and not self.file.exists():
-            self.write(self.epoch)
-
-    def after_fit(self) -> None:  # noqa: D102
-        self.finish()
-
-    def close(self) -> None:
-        """Wait for the file, whatever ended the fit."""
-        self.writer.shutdown()
-
-    def finish(self) -> None:
-        """Wait until the file is written; raise what kept it from that."""
-        self.writing.result()
-
-    def after_batch(self) -> None:  # noqa: D102
-        waiting = getattr(self.learn, "gradient_accumulation", None)
-        if not self.training or (waiting is not None and waiting.count) or world() > 1:
-            return
-        due = self.seconds and time.monotonic() - self.written >= self.seconds
-        if due or self.stop_signal.received:
-            self.write(self.epoch, within=True)
-
-    def after_epoch(self) -> None:  # noqa: D102
-        if not self.position.skipping:
-            self.write(self.epoch + 1)
-
-    def write(self, epochs: int, *, within: bool = False) -> None:
-        """Write the file, beside what goes on; `epochs` of this phase are done, `within` some batches of the next."""
-        train = self.dls.train
-        self.finish()
-        state = {
-            "phase": self.position.phase,
-            "epoch": epochs,
-            "order": list(train.order) if within else None,
-            "films": len(self.history.outputs[True]) * train.bs if within else 0,
-            "outputs": self.history.outputs[True] if within else [],
-            "pct_train": self.learn.pct_train if within else 0.0,
-            "model": bare(self.model).state_dict(),
-            "opt": self.opt.state_dict(),
-            "history": self.history.rows,
-            "best": self.best_epoch.state(),
-            "chance": chance_of(train),
-        }
-        self.writing = self.writer.submit(_write, self.file, frozen(state))
-        self.written = time.monotonic()
-
-
-def _write(file: Path, state: dict[str, Any]) -> None:
-    with atomic_path(file) as temporary:
-        torch.save(state, temporary)
-
-
-def frozen(value: Any) -> Any:
-    """Return a copy that later steps do not change, of plain kinds alone: tensors on the CPU, numbers for numpy's."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().as_subclass(torch.Tensor).to("cpu", copy=True)  # type: ignore[arg-type]
-    if isinstance(value, dict):
-        return {key: frozen(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(frozen(one) for one in value)
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside what several processes train."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def chance_of(train: DataLoader) -> dict[str, Any]:
-    """Return the states of all generators that a fit draws from, as plain values."""
-    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 (fastai draws from it)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    train = getattr(train, "dl", train)  # what several processes share
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": numpy_state,
-        "python": _plain(random.getstate()),
-        "order": _plain(train.rng.getstate()),
-    }
-
-
-def set_chance(state: dict[str, Any], train: DataLoader) -> None:
-    """Put back what `chance_of` returned."""
-    train = getattr(train, "dl", train)
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    numpy_state = {**state["numpy"], "state": {**state["numpy"]["state"]}}
-    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)  # noqa: NPY002
-    random.setstate(_drawn(state["python"]))
-    train.rng.setstate(_drawn(state["order"]))
-
-
-def _plain(state: tuple) -> list:
-    return [state[0], list(state[1]), state[2]]
-
-
-def _drawn(state: list) -> tuple:
-    return (state[0], tuple(state[1]), state[2])
 
 
 class GraphedStep(Callback):

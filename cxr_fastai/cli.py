@@ -45,6 +45,7 @@ from cxr_fastai.cli_options import (
     WeightDecay,
     Weights,
     ensure_phantoms,
+    is_given,
     make_phantoms,
     train_config,
 )
@@ -216,7 +217,7 @@ def train(
 
 def alone(ctx: typer.Context, name: str, *allowed: str) -> None:
     """Refuse every option beside one that says all."""
-    given = {key for key in ctx.params if getattr(ctx.get_parameter_source(key), "name", "") != "DEFAULT"}
+    given = {key for key in ctx.params if is_given(ctx, key)}
     if others := sorted(given - {name, *allowed}):
         flags = ", ".join(key if key == "data" else f"--{key.replace('_', '-')}" for key in others)
         raise UsageError(f"--{name} takes all settings from the run; leave out {flags}")

@@ -132,8 +132,13 @@ def settings_of_file(given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the file that --config names, without those that the command line gives, too."""
     if given.get("config") is None:
         return {}
-    source = given["ctx"].get_parameter_source
-    return {name: value for name, value in read_settings(given["config"]).items() if source(name).name == "DEFAULT"}
+    return {name: value for name, value in read_settings(given["config"]).items() if not is_given(given["ctx"], name)}
+
+
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Tell whether the command line itself gives an option; its default does not count."""
+    source = ctx.get_parameter_source(name)  # compared by name: typer brings a click of its own in some versions
+    return source is not None and source.name != "DEFAULT"
 
 
 def learning_rate(text: str) -> float | None:

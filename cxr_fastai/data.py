@@ -77,20 +77,22 @@ class OpenFilm(Transform):
         self.warning: str | None = None
 
     def encodes(self, path: str) -> TensorRadiograph:  # noqa: D102
-        film = self.films.get(path)
-        if isinstance(film, Place):
-            film = self.opened().at(film)
+        film = self._at_hand(path)
         pixels = to_input(read_radiograph(path), self.size) if film is None else film.astype(np.float32) / UINT16_MAX
         return TensorRadiograph(torch.from_numpy(pixels)[None])
 
     def stack(self, paths: Sequence[str]) -> np.ndarray:
         """Return films, (N, size, size) uint16 of the whole range; those not at hand are decoded side by side."""
-        places = [self.films.get(path) for path in paths]
-        kept = [self.opened().at(place) if isinstance(place, Place) else place for place in places]
+        kept = [self._at_hand(path) for path in paths]
         missing = [path for path, film in zip(paths, kept, strict=True) if film is None]
         with ThreadPoolExecutor(usable_cores()) as pool:
             decoded = pool.map(read_radiograph, missing)
         return np.stack([to_uint16(to_input(next(decoded), self.size)) if film is None else film for film in kept])
+
+    def _at_hand(self, path: str) -> np.ndarray | None:
+        """Return a film from the cache or memory, uint16, or None where it must be decoded."""
+        film = self.films.get(path)
+        return self.opened().at(film) if isinstance(film, Place) else film
 
     def opened(self) -> FilmCache:
         """Return the cache, opened at the first use; raise UsageError where its settings make no sense."""

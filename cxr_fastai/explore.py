@@ -7,7 +7,6 @@ do not agree are warned of. The rate is sought for the phase in which it will be
 
 import contextlib
 import dataclasses
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, SchedExp, minimum, slide, steep, valley
 from fastai.learner import Learner
 
+from cxr_fastai.checkpoint import chance_of, set_chance
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm
@@ -208,9 +208,7 @@ def untouched(learn: Learner) -> Iterator[None]:
     trained = [(p, p.requires_grad, p.grad) for p in learn.model.parameters()]
     attributes = {name: getattr(learn, name) for name in ("opt", "path", "model_dir")}
     callbacks, training = list(learn.cbs), learn.model.training
-    chance = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (what fastai draws from)
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    loaders = [(loader, loader.rng, loader.rng.getstate()) for loader in learn.dls.loaders]
+    chance = chance_of(learn.dls.loaders)
     with tempfile.TemporaryDirectory() as folder:
         learn.opt, learn.path, learn.model_dir = None, Path(folder), "."
         for parameter, _, _ in trained:
@@ -226,14 +224,7 @@ def untouched(learn: Learner) -> Iterator[None]:
             learn.model.train(training)
             for parameter, moved, gradient in trained:
                 parameter.requires_grad_(moved).grad = gradient
-            for loader, rng, state in loaders:
-                loader.rng = rng
-                rng.setstate(state)
-            random.setstate(chance[0])
-            np.random.set_state(chance[1])  # noqa: NPY002
-            torch.set_rng_state(chance[2])
-            if on_cuda:
-                torch.cuda.set_rng_state_all(on_cuda)
+            set_chance(chance, learn.dls.loaders)
 
 
 def suggest(name: str, rates: np.ndarray, losses: np.ndarray) -> float | None:

@@ -28,17 +28,16 @@ from torch import nn
 from cxr_fastai.callbacks import (
     Autocast,
     BestEpoch,
-    Checkpoint,
     FiniteLoss,
     GraphedStep,
     History,
-    Position,
     StopSignal,
 )
+from cxr_fastai.checkpoint import Checkpoint, Position, read_checkpoint
 from cxr_fastai.config import TrainConfig, usable_cores, world
 from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
-from cxr_fastai.errors import Interrupted, ModelFileError, TrainingError, UsageError
+from cxr_fastai.errors import Interrupted, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
 from cxr_fastai.shards import InParts
 from cxr_fastai.table import targets_of
@@ -215,7 +214,7 @@ def _fit(
         saving = Checkpoint(checkpoint, config.checkpoint_minutes)
         callbacks = [finite, history, best, position, saving, stop, BnFreeze(), *watchers]
         if world() == 1:
-            callbacks.append(GraphedStep() if cuda else InParts(usable_cores()))
+            callbacks.append(GraphedStep() if cuda else InParts(min(usable_cores(), torch.get_num_threads())))
         # fastai's own Recorder waits for the device at every step; History has what it records.
         with (
             learn.removed_cbs([learn.recorder]),
@@ -238,17 +237,6 @@ def _fit(
             f"train --resume {checkpoint.parents[1]}"
         )
     return best, history.epochs_done
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Return what `Checkpoint` wrote; ModelFileError where the file is not whole or not one of ours."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if missing := {"phase", "epoch", "model", "opt", "history", "best", "chance"} - set(state):
-            raise ValueError(f"without {', '.join(sorted(missing))}")
-    except Exception as error:  # a damaged file can raise anything in torch's reader
-        raise ModelFileError(f"{file}: not a checkpoint ({error}); train again") from error
-    return state
 
 
 def rate_spread(weights: LoadedWeights) -> float:

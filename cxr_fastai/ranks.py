@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cxr_fastai.config import rank, world
 from cxr_fastai.errors import UsageError
@@ -87,3 +88,8 @@ def any_of(found: torch.Tensor) -> bool:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
     return bool(found)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside what several processes train."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -49,8 +49,9 @@ class Parts:
             with torch.set_grad_enabled(grad), torch.autocast("cpu", kind, enabled=on, cache_enabled=False):
                 return twin(part)
 
-        for twin, original in zip(_all_modules(self.copies), _all_modules([self.body] * len(self.copies)), strict=True):
-            twin.training = original.training
+        for twin in self.copies:
+            for module, original in zip(twin.modules(), self.body.modules(), strict=True):
+                module.training = original.training
         features = self.each(forward, self.copies[: len(parts)], parts)
         used = theirs[: len(parts)]
         torch._foreach_copy_(ours, used[0])
@@ -97,10 +98,6 @@ def _twin(body: nn.Module) -> nn.Module:
     for theirs, ours in zip(twin.modules(), body.modules(), strict=True):
         theirs._parameters.update(ours._parameters)
     return twin
-
-
-def _all_modules(bodies: Sequence[nn.Module]) -> list[nn.Module]:
-    return [module for body in bodies for module in body.modules()]
 
 
 def _statistics(body: nn.Module) -> list[torch.Tensor]:

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from fastai.callback.core import Callback
 
+from cxr_fastai.callbacks import EpochCallback
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.errors import Interrupted, UsageError
@@ -191,7 +192,7 @@ class Trackers:
                 self.console.warn(f"--track {name} has stopped", f"{reason}. The training goes on without it.")
 
 
-class Watcher(Callback):
+class Watcher(EpochCallback):
     """Tell the trackers of each epoch, before `BestEpoch` (60) may end the fit with it."""
 
     order = 56
@@ -199,7 +200,7 @@ class Watcher(Callback):
     def __init__(self, trackers: Trackers):
         self.trackers = trackers
 
-    def after_epoch(self) -> None:  # noqa: D102
+    def epoch_done(self) -> None:  # noqa: D102
         self.trackers.epoch(self.history.rows[-1], self.history.fold)
 
 

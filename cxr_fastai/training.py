@@ -75,8 +75,7 @@ def train(config: TrainConfig, console: Console = QUIET) -> tuple[Path, dict[str
     with ranks.joined(choose_device(config.device).type == "cuda"):
         run = Path(ranks.said_by_first(None if rank() else str(new_run(config.out, config.name))))
         try:
-            with tracked(followed(config), console) as trackers:
-                return run, _train_into(run, config, console, trackers)
+            return run, _tracked_into(run, config, console)
         except BaseException:
             if not rank() and not (run / "checkpoints").exists():  # nothing was learned
                 shutil.rmtree(run)
@@ -100,13 +99,14 @@ def resume(folder: str | Path, console: Console = QUIET) -> tuple[Path, dict[str
     with ranks.joined(choose_device(config.device).type == "cuda"):
         sweep_temporary(run)
         console.say(f"Going on with {run}")
-        with tracked(followed(config), console) as trackers:
-            return run, _train_into(run, config, console, trackers)
+        return run, _tracked_into(run, config, console)
 
 
-def followed(config: TrainConfig) -> TrainConfig:
-    """Return the config with its trackers in the first process alone."""
-    return dataclasses.replace(config, track=(), track_images=False) if rank() else config
+def _tracked_into(run: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train in a run folder; of several processes, only the first one's trackers are told."""
+    own = dataclasses.replace(config, track=(), track_images=False) if rank() else config
+    with tracked(own, console) as trackers:
+        return _train_into(run, config, console, trackers)
 
 
 def refuse_other_films(run: Path, table: pd.DataFrame) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import optuna
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cxr_fastai.callbacks import EpochCallback
 from cxr_fastai.config import SweepConfig, TrainConfig
 from cxr_fastai.console import QUIET
 from cxr_fastai.data import OpenFilm, read_films
@@ -51,7 +52,7 @@ class Desk:
         return opener
 
 
-class Pruner(Callback):
+class Pruner(EpochCallback):
     """Report each epoch's validation AUROC, and end the fit where the trial is no good, or nobody waits for it."""
 
     order = 75
@@ -65,7 +66,7 @@ class Pruner(Callback):
         if self.pruned or self.orphaned:  # in the first of two phases
             raise CancelFitException
 
-    def after_epoch(self) -> None:  # noqa: D102
+    def epoch_done(self) -> None:  # noqa: D102
         row = self.learn.history.rows[-1]
         self.scores.append(row["valid_auroc"])
         self.trial.report(row["valid_auroc"], row["epoch"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pandas as pd
@@ -14,11 +15,11 @@ import torch
 from fastai.callback.core import Callback
 
 from cxr_fastai import training
-from cxr_fastai.callbacks import chance_of, set_chance
+from cxr_fastai.checkpoint import chance_of, read_checkpoint, set_chance
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.errors import ModelFileError, UsageError
-from cxr_fastai.fitting import read_checkpoint
 from cxr_fastai.model import make_body
+from cxr_fastai.tracking import Watcher
 
 
 class PowerCutError(Exception):
@@ -104,6 +105,18 @@ def test_resumed_it_ends_like_the_unbroken(
     assert (tmp_path / "latest").resolve() == run.resolve()
 
 
+def test_who_watches_is_not_told_again_of_epochs_that_were_done(
+    films: Path, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    watcher = Watcher(SimpleNamespace(epoch=lambda row, fold: told.append(row["epoch"])))  # type: ignore[arg-type]
+    run = cut(monkeypatch, config(films, tmp_path, "x", body), 3, 1)  # the second phase has one epoch done
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *given: fit(*given[:6], [watcher]))
+    training.resume(run)
+    assert told == [3]
+
+
 @pytest.mark.long
 def test_folds_go_on_with_the_one_that_was_cut_off(
     films: Path, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,9 +183,9 @@ def test_memory_that_runs_out_halves_the_batch_and_keeps_the_step(
 def test_chance_goes_on_where_it_was(films: Path, body: str) -> None:
     loader = torch.utils.data.DataLoader([1])
     loader.rng = __import__("random").Random(1)
-    state = chance_of(loader)
+    state = chance_of([loader])
     drawn = torch.rand(2), loader.rng.random()
-    set_chance(state, loader)
+    set_chance(state, [loader])
     assert torch.equal(torch.rand(2), drawn[0])
     assert loader.rng.random() == drawn[1]
 
