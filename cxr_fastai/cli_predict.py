@@ -26,7 +26,7 @@ Model = Annotated[
     typer.Option(help="Run folder, .onnx or fastai export; repeated, the mean of several. Default: exports/latest."),
 ]
 Precision = Annotated[
-    str, typer.Option(help=f"Arithmetic: {', '.join(PREDICT_PRECISIONS)}; auto is the fastest that agrees.")
+    str, typer.Option(help=f"Arithmetic: {', '.join(PREDICT_PRECISIONS)}; auto is whatever that agrees is done first.")
 ]
 MaxPixels = Annotated[int, typer.Option(help="Refuse films with more pixels.", min=1, rich_help_panel="Limits")]
 MaxMb = Annotated[float, typer.Option(help="Refuse files with more megabytes.", min=0, rich_help_panel="Limits")]
@@ -88,6 +88,7 @@ def predict(
     if resume and frames == "all":
         raise UsageError("--resume cannot count films where each frame is a row; leave out --frames all")
     from cxr_fastai.console import Console
+    from cxr_fastai.engine import precision_for
     from cxr_fastai.inputs import find_inputs, safe_stem
     from cxr_fastai.output import Journal, check_format
 
@@ -95,8 +96,8 @@ def predict(
         check_format(out)
     console = Console(machine=as_json)
     models, images = models_among(model, images)
-    predictor = open_predictor(models, precision, unsafe_unpickle)
     films = find_inputs(images)
+    predictor = open_predictor(models, precision_for(len(films), precision), unsafe_unpickle)
     limits = Limits(max_pixels, int(max_mb * 2**20), max_seconds)
     asked: dict[str, Any] = {"abstain": abstain, "tta": tta, "coverage": coverage}
     journal = None

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Console:
@@ -26,6 +24,8 @@ class Console:
     def warn(self, title: str, text: str) -> None:
         """Print a warning that cannot be overlooked."""
         if self.rich.is_terminal:
+            from rich.panel import Panel
+
             self.rich.print(Panel(escape(text), title=f"[bold]WARNING: {escape(title)}[/bold]", border_style="yellow"))
         else:
             self.say(f"WARNING: {title}. {text}")
@@ -46,6 +46,9 @@ class Console:
             self.say(f"{label} ({total})")
             yield lambda: None
             return
+        # Only here: a film that is classified for a program does not wait for what draws bars.
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(escape(label), total=total)

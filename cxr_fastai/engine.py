@@ -3,12 +3,14 @@
     fp32   onnxruntime; on CUDA where onnxruntime-gpu finds one, else on the CPU
     bf16   OpenVINO on the CPU, multiplying in bfloat16, about twice as fast where the processor has it in hardware
 
-`auto` takes bf16 where the processor has it and the card says that the export found both to agree on the validation
-films (`export.compare_precisions`); so every film gets the same answer, whether alone or among thousands.
+`auto` takes bf16 where the processor has it, the card says that the export found both to agree on the validation films
+(`export.compare_precisions`), and there is more to do than a few films: to prepare a network for bf16 takes as long as
+to run some thirty films in fp32. Both give a film the same probability within what that comparison allows, 0.01.
 `bench/predict.py` measures both. int8 was tried as well (static, a channel at a time): it changes probabilities by up
 to 0.05 and is no faster than bf16.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from cxr_fastai.errors import ModelFileError, UsageError
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 FP32, BF16 = "fp32", "bf16"
+FEW_FILMS = 32  # so many are done sooner in fp32
 
 
 class Engine(Protocol):
@@ -63,6 +66,11 @@ def open_engine(model: bytes, card: dict[str, Any], precision: str = FP32, threa
     return OnnxRuntime(model, threads)
 
 
+def precision_for(films: int, asked: str) -> str:
+    """Return the precision to open an engine with for so many films: as asked, but a few are not kept waiting."""
+    return FP32 if asked == "auto" and films <= FEW_FILMS else asked
+
+
 def multiplies_bf16() -> bool:
     """Tell whether the processor has instructions for bfloat16; only Linux tells."""
     try:
@@ -74,9 +82,10 @@ def multiplies_bf16() -> bool:
 
 
 def _has_cuda() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    """Tell whether onnxruntime is the one for CUDA, by its files: to import it takes longer than to read a film."""
+    found = importlib.util.find_spec("onnxruntime")
+    folders = found.submodule_search_locations if found else None
+    return any(list(Path(folder, "capi").glob("*onnxruntime_providers_cuda.*")) for folder in folders or ())
 
 
 class OnnxRuntime:
@@ -92,9 +101,10 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         # Threads that spin while they wait would take the cores from those that read films.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = ["CUDAExecutionProvider"] if _has_cuda() else []
+        had = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in had]
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:
             # onnxruntime has no common class of its errors
             reason = (str(error).strip().splitlines() or ["?"])[0][:200]

@@ -1,12 +1,13 @@
 """Two ways to run a network, one answer."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cxr_fastai import engine
-from cxr_fastai.engine import OnnxRuntime, OpenVino, open_engine
+from cxr_fastai.engine import OnnxRuntime, OpenVino, open_engine, precision_for
 from cxr_fastai.errors import ModelFileError, UsageError
 from cxr_fastai.export import OUTPUTS
 from cxr_fastai.modelfile import read_model
@@ -51,6 +52,23 @@ def test_auto_is_bf16_only_where_the_card_and_the_processor_allow(finished: Path
         open_engine(data, passed, "bf16")
 
 
+def test_a_few_films_do_not_wait_for_bf16() -> None:
+    assert precision_for(1, "auto") == precision_for(32, "auto") == "fp32"
+    assert precision_for(33, "auto") == "auto"
+    assert precision_for(1, "bf16") == "bf16"
+
+
+def test_onnxruntime_is_the_one_for_cuda_by_its_files(tmp_path: Path, monkeypatch) -> None:
+    assert engine._has_cuda() is False
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    (tmp_path / "onnxruntime" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    assert engine._has_cuda() is False
+    (tmp_path / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so").touch()
+    assert engine._has_cuda() is True
+
+
 def test_what_is_no_network_is_refused_by_both() -> None:
     pytest.importorskip("openvino")
     for kind in (OnnxRuntime, OpenVino):
@@ -60,7 +78,6 @@ def test_what_is_no_network_is_refused_by_both() -> None:
 
 def test_openvino_comes_without_what_reports_usage() -> None:
     import subprocess
-    import sys
 
     pytest.importorskip("openvino")
     code = (
