@@ -20,7 +20,9 @@ from fastai.callback.core import (
     CancelBackwardException,
     CancelFitException,
     CancelStepException,
+    TrainEvalCallback,
 )
+from fastai.layers import norm_types
 
 from cxr_fastai.metrics import auroc
 from cxr_fastai.ranks import any_of, bare, joined_outputs
@@ -43,6 +45,21 @@ class Autocast(Callback):
     def after_pred(self) -> None:  # noqa: D102
         self.context.__exit__(None, None, None)
         self.learn.pred = self.pred.float()
+
+
+class KeepNorms(Callback):
+    """Train with the statistics that batch norms have, instead of those of each batch; their weights learn as ever.
+
+    For a body that has learned before. Then a film's answer does not depend on its company in a batch, as in
+    prediction: a batch in parts, or dealt to several processes, is the same as a whole one. And it is faster.
+    """
+
+    run_after = TrainEvalCallback
+
+    def before_train(self) -> None:  # noqa: D102
+        for module in self.model.modules():
+            if isinstance(module, norm_types):
+                module.eval()
 
 
 class EpochCallback(Callback):

@@ -8,7 +8,7 @@ do not agree are warned of. The rate is sought for the phase in which it will be
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm
 from cxr_fastai.errors import TrainingError
-from cxr_fastai.fitting import FINE_TUNE, FROM_SCRATCH, FROZEN, build_learner, choose_device, rate_spread
+from cxr_fastai.fitting import FINE_TUNE, FROM_SCRATCH, FROZEN, build_learner, choose_device, norms_kept, rate_spread
 from cxr_fastai.model import LoadedWeights
 from cxr_fastai.runs import atomic_path
 from cxr_fastai.training import prepare_table, read_all
@@ -81,7 +81,10 @@ def lr_find_seeds(
         for seed in range(config.seed, config.seed + seeds):
             learn, weights, _ = build_learner(table, dataclasses.replace(config, seed=seed), opener, device)
             phase, lr_mult = phase_of(config, weights, unfrozen)
-            runs.append(one_run(learn, iterations, advance, frozen=phase == FROZEN, lr_mult=lr_mult))
+            run = one_run(
+                learn, iterations, advance, frozen=phase == FROZEN, lr_mult=lr_mult, cbs=norms_kept(weights)
+            )
+            runs.append(run)
     rates = {name: [r for run in runs if (r := suggest(name, *run)) is not None] for name in SUGGESTIONS}
     rates = {name: found for name, found in rates.items() if found}
     if not rates:
@@ -179,11 +182,18 @@ class GroupedLRFinder(LRFinder):
 
 
 def one_run(
-    learn: Learner, iterations: int, advance: Callable[[], None], *, frozen: bool = False, lr_mult: float = 1.0
+    learn: Learner,
+    iterations: int,
+    advance: Callable[[], None],
+    *,
+    frozen: bool = False,
+    lr_mult: float = 1.0,
+    cbs: Sequence[Callback] = (),
 ) -> Run:
     """Train with growing rates and return rates and smoothed losses, one a step; the learner stays as it was.
 
     With `frozen` all but the last group of layers stand still; else the first ones learn `lr_mult` times slower.
+    `cbs` are what `fit` trains with.
     """
     epochs = iterations // max(1, len(learn.dls.train)) + 1
     finder = GroupedLRFinder(iterations, lr_mult)
@@ -191,7 +201,7 @@ def one_run(
         at_the_end.callback(finder.clean_up)
         learn.create_opt()
         learn.freeze() if frozen else learn.unfreeze()
-        learn.fit(epochs, cbs=[finder, Advance(advance)])
+        learn.fit(epochs, cbs=[finder, Advance(advance), *cbs])
         losses = np.array([float(loss) for loss in learn.recorder.losses])
         rates = np.array(learn.recorder.lrs[: len(losses)])
     finite = int(np.argmin(np.isfinite(losses))) if not np.isfinite(losses).all() else len(losses)

@@ -50,7 +50,7 @@ def make_onnx(learn, size: int, task: str, outliers: Outliers):
     bad = [name for name, value in learn.model.state_dict().items() if not torch.isfinite(value.float()).all()]
     if bad:
         raise TrainingError(f"{len(bad)} weights are not finite (first: {bad[0]}); train with a smaller --lr")
-    with _quiet_exporter():
+    with _quiet_exporter(), torch.no_grad():  # with gradients the exporter takes a third longer
         program = torch.onnx.export(
             _graph(learn, task, outliers).eval(),
             (torch.rand(2, 1, size, size),),
@@ -69,8 +69,10 @@ def _graph(learn, task: str, outliers: Outliers):
     import torch
 
     from cxr_fastai.data import IMAGENET_MEAN, IMAGENET_STD
+    from cxr_fastai.folding import fused
 
-    body, head = learn.model[0].cpu().eval(), learn.model[1].cpu().eval()
+    # Fused, since the exporter takes a while for every layer.
+    body, head = fused(learn.model[0].cpu()), learn.model[1].cpu().eval()
 
     class Graph(torch.nn.Module):
         def __init__(self) -> None:

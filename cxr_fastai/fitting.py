@@ -19,7 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune as _gives_learner_its_fine_tune  # noqa: F401
-from fastai.callback.training import BnFreeze, GradientAccumulation
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -31,6 +31,7 @@ from cxr_fastai.callbacks import (
     FiniteLoss,
     GraphedStep,
     History,
+    KeepNorms,
     StopSignal,
 )
 from cxr_fastai.checkpoint import Checkpoint, Position, read_checkpoint
@@ -39,7 +40,7 @@ from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
-from cxr_fastai.shards import InParts
+from cxr_fastai.shards import InParts, Parts
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
@@ -212,9 +213,10 @@ def _fit(
         multilabel = isinstance(learn.loss_func, KnownBCE)
         history = History(checkpoint.parents[1] / "history.csv", phases, multilabel, say, advance, fold)
         saving = Checkpoint(checkpoint, config.checkpoint_minutes)
-        callbacks = [finite, history, best, position, saving, stop, BnFreeze(), *watchers]
+        callbacks = [finite, history, best, position, saving, stop, *norms_kept(weights), *watchers]
         if world() == 1:
-            callbacks.append(GraphedStep() if cuda else InParts(min(usable_cores(), torch.get_num_threads())))
+            cores = min(usable_cores(), torch.get_num_threads())
+            callbacks.append(GraphedStep() if cuda else InParts(cores, kept_norms=weights.pretrained))
         # fastai's own Recorder waits for the device at every step; History has what it records.
         with (
             learn.removed_cbs([learn.recorder]),
@@ -237,6 +239,11 @@ def _fit(
             f"train --resume {checkpoint.parents[1]}"
         )
     return best, history.epochs_done
+
+
+def norms_kept(weights: LoadedWeights) -> list[Callback]:
+    """Return what keeps the statistics of norms in training, for a body that has some."""
+    return [KeepNorms()] if weights.pretrained else []
 
 
 def rate_spread(weights: LoadedWeights) -> float:
@@ -277,10 +284,13 @@ def features_of_films(
     """Return what the head of a network makes its logits of, (N, F) float32, for films as they are, not augmented."""
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(config, device))
     model = model.to(device).eval()
+    body: Any = model[0]  # type: ignore[index]
+    if device.type == "cpu":
+        body = Parts(body, usable_cores(), 1, kept_norms=True)
     found = []
     for start in range(0, len(paths), config.batch_size):
         films = torch.stack([opener.encodes(path) for path in paths[start : start + config.batch_size]]).to(device)
-        found.append(features_of_batch(model[0], films.as_subclass(torch.Tensor), kind))  # type: ignore[index,arg-type]
+        found.append(features_of_batch(body, films.as_subclass(torch.Tensor), kind))  # type: ignore[arg-type]
         for _ in films:
             advance()
     model.cpu()

@@ -24,8 +24,8 @@ like the true one by chance (correlations of -0.3 to 0.2 were seen), so there ar
 
 import copy
 import json
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ COLUMNS = (
 NUMBERS = COLUMNS[4:]
 TOLERANCE = 0.5  # places of the map
 DRAWS = 8  # random networks; each takes half a second to make
+TOGETHER = 128  # films that are read and held at a time
 LEVELS = 3  # folders above a film in which `masks` is looked for: DATA/images/abnormal/x.png
 
 
@@ -155,10 +156,21 @@ def randomised(predictor: Predictor, seed: int = 0) -> Predictor:
     return other
 
 
-def evidence_of(predictor: Predictor, row: Prediction) -> np.ndarray:
-    """Return the evidence (K, h, w) for a film that was read before."""
-    assert row.pixels is not None
-    return predictor.run(to_input(row.pixels, predictor.card["size"])[None])["evidence"][0]
+def evidence_of(predictors: Callable[[int], Predictor], rows: Sequence[Prediction], first: int) -> list[np.ndarray]:
+    """Return the evidence (K, h, w) for films that were read before, each from one of `DRAWS` networks in turn.
+
+    Parameters
+    ----------
+    predictors
+        From a number below `DRAWS` to a network. first: the number of the first film's, beyond `DRAWS` from 0 again.
+    """
+    found: dict[int, np.ndarray] = {}
+    for draw in range(min(DRAWS, len(rows))):
+        network, films = predictors((first + draw) % DRAWS), rows[draw::DRAWS]
+        size = network.card["size"]
+        inputs = np.stack([to_input(row.pixels, size) for row in films if row.pixels is not None])
+        found.update(zip(range(draw, len(rows), DRAWS), network.run(inputs)["evidence"], strict=True))
+    return [found[number] for number in range(len(rows))]
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -198,23 +210,36 @@ def grade(predictor: Predictor, table: pd.DataFrame, advance: Callable[[], None]
         As `masks_of`.
     """
     rows: list[tuple] = []
-    listed, chance = cache(list_masks), cache(randomised)
     graded = 0
-    for path, patient in zip(table["path"], table["patient_id"], strict=True):
-        wanted = graded_masks(masks_of(path, listed), predictor.card)
-        if wanted and (row := next(predictor.predict([path], keep_pixels=True))).error is None:
-            true, noise = row.evidence, evidence_of(chance(predictor, graded % DRAWS), row)
-            assert true is not None
-            graded += 1
-            for finding, name, mask in wanted:
-                k, task = predictor.classes.index(name), predictor.card["task"]
-                near = within_reach(mask, true.shape[1:])
-                ours, theirs = class_map(true, k, task), class_map(noise, k, task)
-                (hit, share), random = grade_map(ours, mask, near), grade_map(theirs, mask, near)
-                scores = (hit, near.mean(), share, mask.mean(), *random, rank_correlation(ours, theirs))
-                rows.append((path, patient, finding, name, *scores))
-        advance()
+    listed, chance = cache(list_masks), cache(partial(randomised, predictor))
+    for start in range(0, len(table), TOGETHER):
+        some = table.iloc[start : start + TOGETHER]
+        masks = {path: graded_masks(masks_of(path, listed), predictor.card) for path in some["path"]}
+        patients = dict(zip(some["path"], some["patient_id"], strict=True))
+        wanted = [path for path, findings in masks.items() if findings]
+        films = []
+        for row in predictor.predict(wanted, keep_pixels=True) if wanted else ():
+            films += [row] if row.error is None else []
+            advance()
+        for row, noise in zip(films, evidence_of(chance, films, graded), strict=True):
+            for finding, name, mask in masks[row.path]:
+                scores = grade_finding(row.evidence, noise, mask, predictor.classes.index(name), predictor.card["task"])
+                rows.append((row.path, patients[row.path], finding, name, *scores))
+        graded += len(films)
+        for _ in range(len(some) - len(wanted)):
+            advance()
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def grade_finding(
+    true: np.ndarray | None, noise: np.ndarray, mask: np.ndarray, k: int, task: str
+) -> tuple[float | np.floating, ...]:
+    """Return `NUMBERS` of one finding: of the evidence (K, h, w) of class k, and of that of a random network."""
+    assert true is not None
+    near = within_reach(mask, true.shape[1:])
+    ours, theirs = class_map(true, k, task), class_map(noise, k, task)
+    (hit, share), random = grade_map(ours, mask, near), grade_map(theirs, mask, near)
+    return hit, near.mean(), share, mask.mean(), *random, rank_correlation(ours, theirs)
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, Any]:

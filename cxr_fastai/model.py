@@ -8,7 +8,7 @@ local contributions, plus a bias: that map is the evidence, part of the forward 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,9 @@ def ensemble(models: Sequence[nn.Module]) -> nn.Module:
     return nn.Sequential(Bodies([model[0] for model in models]), head)  # type: ignore[index]
 
 
-def features_of_batch(body: nn.Module, films: torch.Tensor, precision: torch.dtype | None) -> np.ndarray:
+def features_of_batch(
+    body: Callable[[torch.Tensor], torch.Tensor], films: torch.Tensor, precision: torch.dtype | None
+) -> np.ndarray:
     """Return what a head makes its logits of, (N, F) float32, for films (N, 1, H, W) in [0, 1] on the body's device."""
     whole = normalised(films).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast(films.device.type, precision, enabled=precision is not None):

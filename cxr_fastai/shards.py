@@ -1,12 +1,16 @@
 """A batch on a processor's cores: each takes a part of it through the network, instead of all through a layer.
 
 Within a layer, cores wait for one another some hundred times a step, and what one wrote the other reads. Parts of a
-batch stay in a core's own cache: a step of DenseNet121 takes a quarter less time on two cores. Batch norms see films
-of their part alone, as with several processes; all else is as with one part, and the same from run to run.
+batch stay in a core's own cache: a step of DenseNet121 takes a quarter less time on two cores. Where norms keep their
+statistics (`callbacks.KeepNorms`), parts give what the whole would give, and a norm right after a convolution costs
+nothing: it is folded into the weights of each pass. Else batch norms see films of their part alone, as with several
+processes. Both are the same from run to run.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,19 +18,30 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
+from cxr_fastai.folding import fold, norms_after_convolutions
+
 FILMS_IN_PART = 8  # at least: a batch norm of fewer is too noisy
 
 
 class Parts:
     """The forward pass of a body, in parts on threads of their own.
 
-    Each part has a copy of the body with the same parameters and its own batch-norm statistics; these are averaged
-    after each pass.
+    Each part has a copy of the body with the same parameters. With `kept_norms` the statistics of batch norms are the
+    same, too, and never change; else each copy has its own, which are averaged after each pass.
     """
 
-    def __init__(self, body: nn.Module, count: int, threads: int):
-        self.body, self.threads = body, threads
-        self.copies = [_twin(body) for _ in range(count)]
+    def __init__(self, body: nn.Module, count: int, threads: int, kept_norms: bool = False):
+        self.body, self.threads, self.kept_norms = body, threads, kept_norms
+        self.copies = [copy.deepcopy(body) for _ in range(count)]
+        self.pairs = [list(zip(one.modules(), body.modules(), strict=True)) for one in self.copies]
+        for own, original in itertools.chain(*self.pairs):
+            own._parameters.update(original._parameters)
+            if kept_norms:
+                own._buffers.update(original._buffers)
+        if kept_norms:
+            foldable = norms_after_convolutions(body)
+            for one in self.copies:
+                fold(one, foldable)
         self.pool = ThreadPoolExecutor(count)
         self.learned = [p for p in body.parameters() if p.requires_grad]
 
@@ -39,25 +54,28 @@ class Parts:
     def run(self, films: torch.Tensor) -> list[torch.Tensor]:
         """Return the features of each part."""
         on, kind, grad = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
-        parts, ours = films.chunk(len(self.copies)), _statistics(self.body)
-        theirs = [_statistics(twin) for twin in self.copies]
-        for one in theirs:
-            torch._foreach_copy_(one, ours)
+        parts = films.chunk(len(self.copies))
 
-        def forward(twin: nn.Module, part: torch.Tensor) -> torch.Tensor:
+        def forward(one: nn.Module, part: torch.Tensor) -> torch.Tensor:
             # What is switched on in one thread is not in another.
             with torch.set_grad_enabled(grad), torch.autocast("cpu", kind, enabled=on, cache_enabled=False):
-                return twin(part)
+                return one(part)
 
-        for twin in self.copies:
-            for module, original in zip(twin.modules(), self.body.modules(), strict=True):
-                module.training = original.training
-        features = self.each(forward, self.copies[: len(parts)], parts)
-        used = theirs[: len(parts)]
-        torch._foreach_copy_(ours, used[0])
-        for number, one in enumerate(used[1:], 2):
+        for own, original in itertools.chain(*self.pairs):
+            own.training = original.training
+        with contextlib.nullcontext() if self.kept_norms else self.averaged(len(parts)):
+            return self.each(forward, self.copies[: len(parts)], parts)
+
+    @contextlib.contextmanager
+    def averaged(self, count: int) -> Iterator[None]:
+        """Give each copy the statistics of the body, and the body the mean of those that `count` copies end with."""
+        ours, theirs = _statistics(self.body), [_statistics(one) for one in self.copies[:count]]
+        for one in theirs:
+            torch._foreach_copy_(one, ours)
+        yield
+        torch._foreach_copy_(ours, theirs[0])
+        for number, one in enumerate(theirs[1:], 2):
             torch._foreach_lerp_(ours, one, 1 / number)
-        return features
 
     def each(self, work: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
         """Do the work for each part at the same time; return the results in the order of the parts."""
@@ -93,13 +111,6 @@ class _Pass(torch.autograd.Function):
         return None, None, *first
 
 
-def _twin(body: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(body)
-    for theirs, ours in zip(twin.modules(), body.modules(), strict=True):
-        theirs._parameters.update(ours._parameters)
-    return twin
-
-
 def _statistics(body: nn.Module) -> list[torch.Tensor]:
     return [buffer for buffer in body.buffers() if buffer.is_floating_point()]
 
@@ -107,14 +118,14 @@ def _statistics(body: nn.Module) -> list[torch.Tensor]:
 class InParts(Callback):
     """Take the body of a learner's network in parts for the length of a fit, where there are films and cores enough."""
 
-    def __init__(self, cores: int):
-        self.cores = cores
+    def __init__(self, cores: int, kept_norms: bool = False):
+        self.cores, self.kept_norms = cores, kept_norms
 
     def before_fit(self) -> None:  # noqa: D102
         count = min(self.cores, self.dls.train.bs // FILMS_IN_PART)
         if count > 1:
             body = self.learn.model[0]
-            parts = Parts(body, count, self.cores // count)
+            parts = Parts(body, count, self.cores // count, self.kept_norms)
             whole = type(body).forward
 
             def forward(films: torch.Tensor) -> torch.Tensor:

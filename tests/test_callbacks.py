@@ -7,9 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import CancelFitException
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
-from cxr_fastai.callbacks import BestEpoch, FiniteLoss
+from cxr_fastai.callbacks import BestEpoch, FiniteLoss, KeepNorms
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.model import make_body
 from cxr_fastai.training import train
@@ -48,6 +52,20 @@ def test_of_equal_epochs_the_lower_loss_is_kept() -> None:
 
 def test_training_stops_after_patience_epochs_without_a_better_one() -> None:
     assert after_epochs(BestEpoch(patience=2), [(0.6, 1), (0.9, 1), (0.8, 1), (0.8, 1), (0.99, 1)]) == 4
+
+
+def test_norms_learn_their_weights_and_keep_their_statistics() -> None:
+    torch.manual_seed(0)
+    films = [(torch.rand(1, 4, 4) + number % 2, torch.tensor(number % 2)) for number in range(8)]
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    dls = DataLoaders(*(DataLoader(films, bs=4, device=torch.device("cpu")) for _ in range(2)))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1, cbs=KeepNorms())
+    norm = model[1]
+    assert norm.running_mean.tolist() == [0, 0, 0]
+    assert norm.running_var.tolist() == [1, 1, 1]
+    assert (norm.weight != 1).all()
 
 
 def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:

@@ -35,6 +35,22 @@ def test_without_batch_statistics_parts_are_the_whole(films: torch.Tensor) -> No
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_with_kept_statistics_parts_are_the_whole_and_norms_learn(films: torch.Tensor) -> None:
+    network = body().train()
+    norm = network[1].eval()
+    nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias), norm.running_mean.fill_(0.3), norm.running_var.fill_(2)
+    whole = network(films)
+    expected = gradients(network, whole)
+    parts = Parts(network, 2, 1, kept_norms=True)
+    assert isinstance(parts.copies[0][1], nn.Identity)
+    said = parts(films)
+    assert torch.allclose(said, whole, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-4 for gradient in expected)
+    for ours, theirs in zip(gradients(network, said), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert norm.running_mean.tolist() == pytest.approx([0.3] * 4)
+
+
 def test_batch_norms_see_their_part_and_their_statistics_are_averaged(films: torch.Tensor) -> None:
     network, halves = body().train(), [body().train(), body().train()]
     said = Parts(network, 2, 1)(films)

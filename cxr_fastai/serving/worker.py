@@ -110,6 +110,8 @@ def main() -> None:
     bound(settings["megabytes"])
     try:
         predictor = Predictor(settings["model"], precision="auto", threads=settings["threads"])
+        size = predictor.card["size"]
+        predictor.run(np.zeros((1, size, size), np.float32))  # the first film takes ten times as long as the next
     except CxrError as error:
         send(sink, {"failed": str(error)})
         return
