@@ -19,6 +19,14 @@ class CxrError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        """Return the message alone: fastai puts words of its own before it where an error passes a callback."""
+        return self.message
+
 
 class UsageError(CxrError):
     """An option, or a combination of options, that cannot be followed."""

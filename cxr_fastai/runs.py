@@ -26,6 +26,7 @@ SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "densenet121-phantom.safet
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TEMPORARY = ".writing-"
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")  # in what torch says when a file cannot be written
 FORMULA = "=+-@\t\r"  # what a formula may begin with
 
 
@@ -48,10 +49,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}{_space_left(path.parent)}") from error
+        raise _cannot_write(path, error.strerror or str(error)) from error
+    except RuntimeError as error:
+        if not any(writer in str(error) for writer in TORCH_WRITERS):
+            raise
+        raise _cannot_write(path, "torch could not write all of it") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, reason: str) -> UsageError:
+    return UsageError(f"cannot write {path}: {reason}{_space_left(path.parent)}")
 
 
 def write_text(path: str | Path, text: str) -> None:

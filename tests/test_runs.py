@@ -1,8 +1,10 @@
 import json
+import signal
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from fastcore.xtras import modify_exception
 
 from cxr_fastai.errors import ModelFileError, UsageError
 from cxr_fastai.runs import (
@@ -31,6 +33,36 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
         cut_off()
     assert file.read_text() == "first"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_disk_that_is_full_is_named_whoever_writes(tmp_path: Path) -> None:
+    """Torch's archives are written in C++, whose error is not an OSError."""
+    resource = pytest.importorskip("resource")
+    import torch
+
+    def write(name: str) -> None:
+        with atomic_path(tmp_path / name) as temporary:
+            if name == "a.pth":
+                torch.save(torch.zeros(100_000), temporary)
+            else:
+                temporary.write_bytes(bytes(400_000))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        for name in ("a.pth", "a.bin"):
+            with pytest.raises(UsageError, match=rf"cannot write .*{name}: .* MB free there"):
+                write(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_message_stays_when_fastai_puts_words_before_it() -> None:
+    error = UsageError("cannot write a.pth")
+    assert str(modify_exception(error, "Exception occured in `Checkpoint`", replace=True)) == "cannot write a.pth"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
