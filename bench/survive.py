@@ -118,8 +118,8 @@ def kill(place: Place, asked: argparse.Namespace) -> bool:
                 place.go_on(name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
-            # Starting takes seconds in which there is nothing to lose; from there to the end of a whole run.
-            wait = chance.uniform(0.1 * whole, whole) if kills < asked.kills and here < asked.at_once else None
+            # Starting takes seconds in which there is nothing to lose; the rest of a run is shorter than all of it.
+            wait = chance.uniform(0.1 * whole, 0.7 * whole) if kills < asked.kills and here < asked.at_once else None
             try:
                 _, errors = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
