@@ -128,6 +128,8 @@ def kill(place: Place, asked: argparse.Namespace) -> bool:
                 kills, here = kills + 1, here + 1
                 state = torch_state(place.out / name)
                 holds &= checked(f"kill {kills}, run {runs}, {state}; the finished run verifies", verifies(unbroken))
+                if (place.out / name / "manifest.json").exists():  # all was written; there is nothing to go on with
+                    break
                 continue
             if process.returncode:
                 raise SystemExit(f"resuming {name}: exit {process.returncode}: {errors[-2000:]}")
@@ -145,7 +147,7 @@ def torch_state(folder: Path) -> str:
     """Say how far a killed run was, by its checkpoint, which must be whole."""
     file = folder / "checkpoints" / "last.pth"
     if not file.exists():
-        return "finished but for its last files" if (folder / "manifest.json").exists() else "before any checkpoint"
+        return "finished, the process about to end" if (folder / "manifest.json").exists() else "before any checkpoint"
     state = torch.load(file, map_location="cpu", weights_only=True)
     return f"at {len(state['history'])} epochs"
 
