@@ -172,7 +172,14 @@ def test_temperature_multilabel_ignores_unknown_labels():
 
 
 def test_temperature_of_a_separated_set_is_bounded():
-    assert fit_temperature([[0.1, -0.1], [-0.1, 0.1]], [0, 1]) == pytest.approx(0.25, rel=0.01)
+    assert fit_temperature([[0.1, -0.1], [-0.1, 0.1]], [0, 1]) == pytest.approx(0.2 / np.log(2), rel=1e-4)
+    assert fit_temperature([[0.01, -0.01], [-0.01, 0.01]], [0, 1]) == pytest.approx(0.25, rel=0.01)
+    # Nine films of each of three classes: 10 / 12 for their own, 1 / 12 for each other.
+    logits = np.eye(3)[np.repeat([0, 1, 2], 9)]
+    assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(1 / np.log(10), rel=1e-4)
+    # A finding on two of three films: 3 / 4, and 1 / 3 on the third.
+    logits = np.array([[np.log(3)], [np.log(3)], [-np.log(2)]])
+    assert fit_temperature(logits, [[1], [1], [0]], multilabel=True) == pytest.approx(1, rel=1e-4)
     assert fit_temperature([[5, -5], [-5, 5]], [1, 0]) == pytest.approx(10, rel=0.01)
 
 

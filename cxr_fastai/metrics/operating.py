@@ -65,8 +65,11 @@ def youden_threshold(
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, multilabel: bool = False) -> float:
     """Find the temperature T > 0 whose softmax (or sigmoid) of logits / T has the least negative log-likelihood.
 
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. T is held within [0.25, 10]: a validation set
-    that is separated without a fault would ask for T = 0, that is for probabilities of 0 and 1.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Films that are told apart without a fault would
+    ask for T = 0, that is for probabilities of 0 and 1, which so many films cannot prove. So a film counts, as one of n
+    of its class, for it with (n + 1) / (n + k) and for each other with 1 / (n + k): the targets of Platt,
+    "Probabilistic outputs for support vector machines", 1999. With many films these are 1 and 0. T is held within
+    [0.25, 10].
 
     Parameters
     ----------
@@ -93,14 +96,20 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, multilabel: bool = Fal
     if not known.any():
         raise DataError(f"a temperature needs labels that are known, not {len(y)} unknown ones")
     if not multilabel:
-        given, y = given[known], y[known]
+        given, y = given[known], np.eye(given.shape[1])[y[known].astype(int)]
+    k = 2 if multilabel else given.shape[1]
+    positive, negative = np.nansum(y, axis=0), np.nansum(1 - y, axis=0)
+    if multilabel:
+        target = np.where(y == 1, (positive + 1) / (positive + k), 1 / (negative + k))
+    else:
+        of_class = positive[y.argmax(1)][:, None]
+        target = np.where(y == 1, of_class + 1, 1) / (of_class + k)
 
     def loss(log_t: float) -> float:
         z = given / np.exp(log_t)
         if multilabel:
-            return float((np.logaddexp(0, z) - np.nan_to_num(y) * z)[known].mean())
-        own = np.take_along_axis(z, y[:, None].astype(int), axis=1)[:, 0]
-        return float((np.logaddexp.reduce(z, axis=1) - own).mean())
+            return float((np.logaddexp(0, z) - target * z)[known].mean())
+        return float((np.logaddexp.reduce(z, axis=1) - (target * z).sum(1)).mean())
 
     low, high = np.log(TEMPERATURES)
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x))
