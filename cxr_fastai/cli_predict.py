@@ -26,7 +26,7 @@ Model = Annotated[
     typer.Option(help="Run folder, .onnx or fastai export; repeated, the mean of several. Default: exports/latest."),
 ]
 Precision = Annotated[
-    str, typer.Option(help=f"Arithmetic: {', '.join(PREDICT_PRECISIONS)}; auto is whatever that agrees is done first.")
+    str, typer.Option(help=f"Arithmetic: {', '.join(PREDICT_PRECISIONS)}; auto is the sooner, where they agree.")
 ]
 MaxPixels = Annotated[int, typer.Option(help="Refuse films with more pixels.", min=1, rich_help_panel="Limits")]
 MaxMb = Annotated[float, typer.Option(help="Refuse files with more megabytes.", min=0, rich_help_panel="Limits")]
