@@ -35,12 +35,12 @@ from cxr_fastai.callbacks import (
     StopSignal,
 )
 from cxr_fastai.checkpoint import Checkpoint, Position, read_checkpoint
-from cxr_fastai.config import TrainConfig, usable_cores, world
+from cxr_fastai.config import TrainConfig, world
 from cxr_fastai.console import Console
 from cxr_fastai.data import KnownBCE, OpenFilm, make_dataloaders
 from cxr_fastai.errors import Interrupted, TrainingError, UsageError
 from cxr_fastai.model import LoadedWeights, cpu_multiplies_bf16, features_of_batch, make_learner, without_class_weights
-from cxr_fastai.shards import InParts, Parts
+from cxr_fastai.shards import InParts, Parts, own_cores
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
@@ -215,8 +215,7 @@ def _fit(
         saving = Checkpoint(checkpoint, config.checkpoint_minutes)
         callbacks = [finite, history, best, position, saving, stop, *norms_kept(weights), *watchers]
         if world() == 1:
-            cores = min(usable_cores(), torch.get_num_threads())
-            callbacks.append(GraphedStep() if cuda else InParts(cores, kept_norms=weights.pretrained))
+            callbacks.append(GraphedStep() if cuda else InParts())
         # fastai's own Recorder waits for the device at every step; History has what it records.
         with (
             learn.removed_cbs([learn.recorder]),
@@ -286,7 +285,7 @@ def features_of_films(
     model = model.to(device).eval()
     body: Any = model[0]  # type: ignore[index]
     if device.type == "cpu":
-        body = Parts(body, usable_cores(), 1, kept_norms=True)
+        body = Parts(body, own_cores(), 1, kept_norms=True)
     found = []
     for start in range(0, len(paths), config.batch_size):
         films = torch.stack([opener.encodes(path) for path in paths[start : start + config.batch_size]]).to(device)

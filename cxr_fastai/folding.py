@@ -5,7 +5,7 @@ In DenseNet121 that is every second norm, in a ResNet every one.
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,6 @@ def norms_after_convolutions(body: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def fold(body: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
-    """Put each convolution and the norm after it into one, in place; the parameters stay the same objects."""
-    for convolution, norm in pairs:
-        body.set_submodule(convolution, Folded(body.get_submodule(convolution), body.get_submodule(norm)))
-        body.set_submodule(norm, nn.Identity())
-
-
 class Folded(nn.Module):
     """A convolution and the batch norm after it, whose statistics do not change, as one convolution."""
 
@@ -62,11 +55,16 @@ class Folded(nn.Module):
         return self.convolution._conv_forward(maps, self.convolution.weight * scale.view(-1, 1, 1, 1), bias)
 
 
-def fused(body: nn.Module) -> nn.Module:
-    """Return a copy of a network, for evaluation, with fewer layers and the same answers."""
-    body = copy.deepcopy(body).eval()
-    for convolution, norm in norms_after_convolutions(body):
-        pair: Any = body.get_submodule(convolution), body.get_submodule(norm)
-        body.set_submodule(convolution, fuse_conv_bn_eval(*pair))
+def fold(
+    body: nn.Module, pairs: Sequence[tuple[str, str]], join: Callable[[Any, Any], nn.Module] = Folded
+) -> nn.Module:
+    """Put each convolution and the norm after it into one, in place; `Folded` keeps the parameters the same objects."""
+    for convolution, norm in pairs:
+        body.set_submodule(convolution, join(body.get_submodule(convolution), body.get_submodule(norm)))
         body.set_submodule(norm, nn.Identity())
     return body
+
+
+def fused(body: nn.Module) -> nn.Module:
+    """Return a copy of a network, for evaluation, with fewer layers and the same answers."""
+    return fold(copy.deepcopy(body).eval(), norms_after_convolutions(body), fuse_conv_bn_eval)

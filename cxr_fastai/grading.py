@@ -219,7 +219,8 @@ def grade(predictor: Predictor, table: pd.DataFrame, advance: Callable[[], None]
         wanted = [path for path, findings in masks.items() if findings]
         films = []
         for row in predictor.predict(wanted, keep_pixels=True) if wanted else ():
-            films += [row] if row.error is None else []
+            if row.error is None:
+                films.append(row)
             advance()
         for row, noise in zip(films, evidence_of(chance, films, graded), strict=True):
             for finding, name, mask in masks[row.path]:

@@ -9,7 +9,6 @@ processes. Both are the same from run to run.
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,9 +17,15 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
+from cxr_fastai.config import usable_cores
 from cxr_fastai.folding import fold, norms_after_convolutions
 
 FILMS_IN_PART = 8  # at least: a batch norm of fewer is too noisy
+
+
+def own_cores() -> int:
+    """Return on how many cores this process may work: workers that share a machine have fewer threads of torch."""
+    return min(usable_cores(), torch.get_num_threads())
 
 
 class Parts:
@@ -33,8 +38,8 @@ class Parts:
     def __init__(self, body: nn.Module, count: int, threads: int, kept_norms: bool = False):
         self.body, self.threads, self.kept_norms = body, threads, kept_norms
         self.copies = [copy.deepcopy(body) for _ in range(count)]
-        self.pairs = [list(zip(one.modules(), body.modules(), strict=True)) for one in self.copies]
-        for own, original in itertools.chain(*self.pairs):
+        self.pairs = [pair for one in self.copies for pair in zip(one.modules(), body.modules(), strict=True)]
+        for own, original in self.pairs:
             own._parameters.update(original._parameters)
             if kept_norms:
                 own._buffers.update(original._buffers)
@@ -61,7 +66,7 @@ class Parts:
             with torch.set_grad_enabled(grad), torch.autocast("cpu", kind, enabled=on, cache_enabled=False):
                 return one(part)
 
-        for own, original in itertools.chain(*self.pairs):
+        for own, original in self.pairs:
             own.training = original.training
         with contextlib.nullcontext() if self.kept_norms else self.averaged(len(parts)):
             return self.each(forward, self.copies[: len(parts)], parts)
@@ -118,14 +123,12 @@ def _statistics(body: nn.Module) -> list[torch.Tensor]:
 class InParts(Callback):
     """Take the body of a learner's network in parts for the length of a fit, where there are films and cores enough."""
 
-    def __init__(self, cores: int, kept_norms: bool = False):
-        self.cores, self.kept_norms = cores, kept_norms
-
     def before_fit(self) -> None:  # noqa: D102
-        count = min(self.cores, self.dls.train.bs // FILMS_IN_PART)
+        cores = own_cores()
+        count = min(cores, self.dls.train.bs // FILMS_IN_PART)
         if count > 1:
             body = self.learn.model[0]
-            parts = Parts(body, count, self.cores // count, self.kept_norms)
+            parts = Parts(body, count, cores // count, kept_norms=hasattr(self.learn, "keep_norms"))
             whole = type(body).forward
 
             def forward(films: torch.Tensor) -> torch.Tensor:

@@ -97,13 +97,11 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, multilabel: bool = Fal
         raise DataError(f"a temperature needs labels that are known, not {len(y)} unknown ones")
     if not multilabel:
         given, y = given[known], np.eye(given.shape[1])[y[known].astype(int)]
-    k = 2 if multilabel else given.shape[1]
-    positive, negative = np.nansum(y, axis=0), np.nansum(1 - y, axis=0)
     if multilabel:
-        target = np.where(y == 1, (positive + 1) / (positive + k), 1 / (negative + k))
+        n, k = np.where(y == 1, np.nansum(y, axis=0), np.nansum(1 - y, axis=0)), 2
     else:
-        of_class = positive[y.argmax(1)][:, None]
-        target = np.where(y == 1, of_class + 1, 1) / (of_class + k)
+        n, k = (y @ y.sum(axis=0))[:, None], given.shape[1]
+    target = (n * y + 1) / (n + k)
 
     def loss(log_t: float) -> float:
         z = given / np.exp(log_t)
