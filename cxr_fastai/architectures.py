@@ -190,6 +190,38 @@ def groups_of_layers(model: nn.Module) -> list[list[nn.Parameter]]:
     return [body[: len(body) // 2], body[len(body) // 2 :], head]
 
 
+def first_layers(body: nn.Module, size: int) -> list[nn.Parameter]:
+    """Return the parameters of the layers that run before the maps are smaller than a quarter of the film's side.
+
+    In a DenseNet the stem, the first block and the transition after it; in a ResNet the stem and the first stage. One
+    film goes through the body, in evaluation. A place less, where layers do not pad, is taken for a quarter.
+
+    Parameters
+    ----------
+    size
+        Side of a film in pixels.
+    """
+    found: dict[int, nn.Parameter] = {}
+    smaller: list[nn.Module] = []
+
+    def look(layer: nn.Module, films: Any, maps: Any) -> None:
+        if not (isinstance(maps, torch.Tensor) and maps.ndim == 4 and 4 * maps.shape[2] + 4 >= size):
+            smaller.append(layer)
+        elif not smaller:
+            found.update((id(one), one) for one in layer._parameters.values() if one is not None)
+
+    hooks = [layer.register_forward_hook(look) for layer in body.modules() if layer._parameters]
+    training = body.training
+    try:
+        with torch.no_grad():
+            body.eval()(torch.zeros(1, 3, size, size, device=next(body.parameters()).device))
+    finally:
+        body.train(training)
+        for hook in hooks:
+            hook.remove()
+    return list(found.values())
+
+
 def first_line(error: Exception) -> str:
     """Return what an error says, in a line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

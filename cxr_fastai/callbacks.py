@@ -24,6 +24,7 @@ from fastai.callback.core import (
 )
 from fastai.layers import norm_types
 
+from cxr_fastai.architectures import first_layers
 from cxr_fastai.metrics import auroc
 from cxr_fastai.ranks import any_of, bare, joined_outputs
 from cxr_fastai.runs import write_text
@@ -60,6 +61,28 @@ class KeepNorms(Callback):
         for module in self.model.modules():
             if isinstance(module, norm_types):
                 module.eval()
+
+
+class KeepFirst(Callback):
+    """Train with the first layers as they are, for a body that has learned before.
+
+    What they see, edges and textures, changes least from one kind of film to another; and since their maps are the
+    largest, they would take a quarter of a step's time. See `architectures.first_layers`.
+    """
+
+    order = -20  # before what looks for the parameters that learn
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def before_fit(self) -> None:  # noqa: D102
+        self.kept = [p for p in first_layers(self.model[0], self.size) if p.requires_grad]
+        for parameter in self.kept:
+            parameter.requires_grad_(False)
+
+    def after_fit(self) -> None:  # noqa: D102
+        for parameter in self.kept:
+            parameter.requires_grad_(True)
 
 
 class EpochCallback(Callback):

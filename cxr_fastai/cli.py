@@ -17,6 +17,7 @@ from cxr_fastai import __version__
 from cxr_fastai.cli_explore import explorer
 from cxr_fastai.cli_options import (
     DEFAULT_DATA,
+    AllLayers,
     AllowLeaks,
     Arch,
     Augment,
@@ -157,6 +158,7 @@ def train(
     batch_size: BatchSize = TrainConfig.batch_size,
     epochs: Epochs = TrainConfig.epochs,
     freeze_epochs: FreezeEpochs = TrainConfig.freeze_epochs,
+    all_layers: AllLayers = False,
     lr: Annotated[
         str, typer.Option(help="Peak learning rate of Adam, or auto: from lr-find.", rich_help_panel="Training")
     ] = f"{TrainConfig.lr:g}",

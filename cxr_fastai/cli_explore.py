@@ -8,6 +8,7 @@ import typer
 from cxr_fastai.cli_options import (
     ARCH_HELP,
     WEIGHTS_HELP,
+    AllLayers,
     AllowLeaks,
     Arch,
     Augment,
@@ -53,7 +54,7 @@ def lr_find(
     plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = PLOT,
     unfrozen: Annotated[
         bool,
-        typer.Option("--unfrozen", help="For the phase with all layers trained, instead of the new last one alone."),
+        typer.Option("--unfrozen", help="For the phase that trains the network, instead of the new last layer alone."),
     ] = False,
     seed: Seed = TrainConfig.seed,
     task: Task = TrainConfig.task,
@@ -69,6 +70,7 @@ def lr_find(
     weights: Weights = TrainConfig.weights,
     size: Size = TrainConfig.size,
     batch_size: BatchSize = TrainConfig.batch_size,
+    all_layers: AllLayers = False,
     weight_decay: WeightDecay = TrainConfig.weight_decay,
     dropout: Dropout = TrainConfig.dropout,
     augment: Augment = TrainConfig.augment,
@@ -150,6 +152,7 @@ def sweep(
     ] = SweepConfig.rate_factor,
     epochs: Epochs = TrainConfig.epochs,
     freeze_epochs: FreezeEpochs = TrainConfig.freeze_epochs,
+    all_layers: AllLayers = False,
     patience: Patience = TrainConfig.patience,
     precision: Precision = TrainConfig.precision,
     device: Device = TrainConfig.device,

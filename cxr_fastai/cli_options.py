@@ -67,9 +67,17 @@ WEIGHTS_HELP = "Start from: auto, imagenet, phantom, none, or a .safetensors or 
 Weights = Annotated[str, typer.Option(help=WEIGHTS_HELP, rich_help_panel="Training")]
 Size = Annotated[int, typer.Option(help="Side of the square input in pixels.", rich_help_panel="Training")]
 BatchSize = Annotated[int, typer.Option(help="Films a step.", rich_help_panel="Training")]
-Epochs = Annotated[int, typer.Option(help="Epochs with all layers trained.", rich_help_panel="Training")]
+Epochs = Annotated[int, typer.Option(help="Epochs that train the network.", rich_help_panel="Training")]
 FreezeEpochs = Annotated[
     int, typer.Option(help="Epochs before them that train the new last layer only.", rich_help_panel="Training")
+]
+AllLayers = Annotated[
+    bool,
+    typer.Option(
+        "--all-layers",
+        help="Train the first layers of a pretrained network, too: a third slower.",
+        rich_help_panel="Training",
+    ),
 ]
 Patience = Annotated[
     int,

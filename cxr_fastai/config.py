@@ -199,7 +199,8 @@ class TrainConfig(DataConfig):
     name, out: the run folder is `out/name`; without a name train-001, train-002 ...
     arch: torchvision or timm name. weights: auto, imagenet, phantom, none, or a file.
     size: side of the square input in pixels. batch_size: films a step.
-    epochs: with all layers trained; freeze_epochs: before them, with the pretrained body kept.
+    epochs: of the whole training; freeze_epochs: before them, with the pretrained body kept.
+    all_layers: whether the first layers of a pretrained body are trained, too; see `architectures.first_layers`.
     lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
     dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
     patience: epochs without a better validation AUROC before training stops; 0 never stops.
@@ -218,6 +219,7 @@ class TrainConfig(DataConfig):
     batch_size: int = 16
     epochs: int = 3
     freeze_epochs: int = 1
+    all_layers: bool = False
     lr: float | None = 1e-3
     weight_decay: float = 0.01
     dropout: float = 0.1

@@ -24,7 +24,7 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm
 from cxr_fastai.errors import TrainingError
-from cxr_fastai.fitting import FINE_TUNE, FROM_SCRATCH, FROZEN, build_learner, choose_device, norms_kept, rate_spread
+from cxr_fastai.fitting import FINE_TUNE, FROM_SCRATCH, FROZEN, build_learner, choose_device, kept, rate_spread
 from cxr_fastai.model import LoadedWeights
 from cxr_fastai.runs import atomic_path
 from cxr_fastai.training import prepare_table, read_all
@@ -82,7 +82,7 @@ def lr_find_seeds(
             learn, weights, _ = build_learner(table, dataclasses.replace(config, seed=seed), opener, device)
             phase, lr_mult = phase_of(config, weights, unfrozen)
             run = one_run(
-                learn, iterations, advance, frozen=phase == FROZEN, lr_mult=lr_mult, cbs=norms_kept(weights)
+                learn, iterations, advance, frozen=phase == FROZEN, lr_mult=lr_mult, cbs=kept(weights, config)
             )
             runs.append(run)
     rates = {name: [r for run in runs if (r := suggest(name, *run)) is not None] for name in SUGGESTIONS}
@@ -141,8 +141,8 @@ def warn_of_doubts(
         )
     if phase == FINE_TUNE and lr_mult > 1:
         console.say(
-            f"For the phase with all layers trained, the first ones {lr_mult:g} times slower. train runs that phase at "
-            f"half of its --lr: this rate there is --lr {2 * suggested['lr']:.1e}"
+            f"For the phase that trains the network, its first layers {lr_mult:g} times slower. train runs it at half "
+            f"of its --lr: this rate there is --lr {2 * suggested['lr']:.1e}"
         )
 
 

@@ -31,6 +31,7 @@ from cxr_fastai.callbacks import (
     FiniteLoss,
     GraphedStep,
     History,
+    KeepFirst,
     KeepNorms,
     StopSignal,
 )
@@ -141,6 +142,8 @@ def fit(
 ) -> None:
     """Run both phases of `fine_tune`, write history.csv, and keep the best epoch of both.
 
+    In the second, the first layers of a body that has learned stay as they are, unless `config.all_layers`.
+
     A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
     first epoch, at one learning rate for all layers, for as many epochs as both phases have.
 
@@ -213,7 +216,7 @@ def _fit(
         multilabel = isinstance(learn.loss_func, KnownBCE)
         history = History(checkpoint.parents[1] / "history.csv", phases, multilabel, say, advance, fold)
         saving = Checkpoint(checkpoint, config.checkpoint_minutes)
-        callbacks = [finite, history, best, position, saving, stop, *norms_kept(weights), *watchers]
+        callbacks = [finite, history, best, position, saving, stop, *kept(weights, config), *watchers]
         if world() == 1:
             callbacks.append(GraphedStep() if cuda else InParts())
         # fastai's own Recorder waits for the device at every step; History has what it records.
@@ -240,9 +243,11 @@ def _fit(
     return best, history.epochs_done
 
 
-def norms_kept(weights: LoadedWeights) -> list[Callback]:
-    """Return what keeps the statistics of norms in training, for a body that has some."""
-    return [KeepNorms()] if weights.pretrained else []
+def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
+    """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
+    if not weights.pretrained:
+        return []
+    return [KeepNorms()] if config.all_layers else [KeepNorms(), KeepFirst(config.size)]
 
 
 def rate_spread(weights: LoadedWeights) -> float:

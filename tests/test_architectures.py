@@ -7,7 +7,14 @@ import torch
 from fastai.learner import load_learner
 
 from cxr_fastai import architectures, model
-from cxr_fastai.architectures import count_features, groups_of_layers, known_to_fastai, make_body, names_in_body
+from cxr_fastai.architectures import (
+    count_features,
+    first_layers,
+    groups_of_layers,
+    known_to_fastai,
+    make_body,
+    names_in_body,
+)
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.errors import UsageError
 from cxr_fastai.model import EvidenceHead, load_weights
@@ -26,6 +33,25 @@ without_timm = pytest.mark.skipif(architectures._timm() is None, reason="timm is
 )
 def test_other_networks_of_torchvision_are_cut_after_their_last_map(name: str, features: int) -> None:
     assert count_features(name) == features
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("densenet121", ["0.conv0", "0.norm0", "0.denseblock1", "0.transition1"]),
+        ("resnet18", ["0", "1", "4"]),  # convolution, norm, first stage
+        ("convnext_tiny", ["0.0", "0.1", "0.2.0"]),  # which moves channels to the end in between
+        ("squeezenet1_1", ["0.0", "0.3", "0.4"]),  # without padding, 15 places of 64
+    ],
+)
+def test_first_layers_end_where_maps_get_smaller_than_a_quarter(name: str, first: list[str]) -> None:
+    body, _ = make_body(name)
+    body.train()
+    before = {key: value.clone() for key, value in body.state_dict().items()}
+    wanted = [p for key in first for p in body.get_submodule(key).parameters()]
+    assert {id(p) for p in first_layers(body, 64)} == {id(p) for p in wanted}
+    assert body.training
+    assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
 
 
 def test_a_network_that_cannot_be_made_without_numbers_leaves_chance_alone() -> None:

@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
-from cxr_fastai.callbacks import BestEpoch, FiniteLoss, KeepNorms
+from cxr_fastai.callbacks import BestEpoch, FiniteLoss, KeepFirst, KeepNorms
 from cxr_fastai.config import TrainConfig
 from cxr_fastai.model import make_body
 from cxr_fastai.training import train
@@ -66,6 +66,21 @@ def test_norms_learn_their_weights_and_keep_their_statistics() -> None:
     assert norm.running_mean.tolist() == [0, 0, 0]
     assert norm.running_var.tolist() == [1, 1, 1]
     assert (norm.weight != 1).all()
+
+
+def test_first_layers_stay_and_are_trained_again_afterwards() -> None:
+    torch.manual_seed(0)
+    films = [(torch.rand(3, 16, 16), torch.tensor(number % 2)) for number in range(8)]
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1))
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)))
+    dls = DataLoaders(*(DataLoader(films, bs=4, device=torch.device("cpu")) for _ in range(2)))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
+    first, later = body[0].weight.detach().clone(), body[2].weight.detach().clone()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1, cbs=KeepFirst(16))
+    assert torch.equal(body[0].weight, first)
+    assert not torch.equal(body[2].weight, later)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:

@@ -68,7 +68,7 @@ def plot_history(history: pd.DataFrame):
             right.plot(part["epoch"], part[column], style, color=colour, label=label if named else None, **faint)
     left.set_ylabel("loss (cross-entropy, nats)")
     right.set_ylabel("share of films, or AUROC")
-    right.set_ylim(0, 1.02)
+    right.set_ylim(0, 1.04)
     frozen = int((folds[0][1]["phase"] == "frozen").sum())
     for axes in (left, right):
         axes.set_xlabel("epoch")
@@ -77,8 +77,8 @@ def plot_history(history: pd.DataFrame):
         axes.spines[["top", "right"]].set_visible(False)
         if frozen:
             axes.axvline(frozen + 0.5, color="0.6", lw=1)
-            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "color": "0.4"}
-            axes.annotate("unfrozen", (frozen + 0.5, 1), (4, -4), **place)
+            above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+            axes.annotate("unfrozen", (frozen + 0.5, 1), (0, 2), color="0.4", **above)
         axes.legend(frameon=False, fontsize=9)
     return made
 
