@@ -1,11 +1,14 @@
 """The bytes of a model.onnx -> what runs films through it, as fast as this machine can without another answer.
 
     fp32   onnxruntime; on CUDA where onnxruntime-gpu finds one, else on the CPU
-    bf16   OpenVINO on the CPU, multiplying in bfloat16, about twice as fast where the processor has it in hardware
+    bf16   OpenVINO on the CPU, multiplying in bfloat16, about twice as fast where the processor has it in hardware;
+           a film that it is not sure of is run again in full precision
 
 `auto` takes bf16 where the processor has it, the card says that the export found both to agree on the validation films
 (`export.compare_precisions`), and there is more to do than a few films: to prepare a network for bf16 takes as long as
 to run some thirty films in fp32. Both give a film the same probability within what that comparison allows, 0.01.
+Rounding to bfloat16 moves logits by some hundredths, which a probability shows only far from 0 and 1: there, where the
+verdict hangs on it, is where films are run again.
 `bench/predict.py` measures both. int8 was tried as well (static, a channel at a time): it changes probabilities by up
 to 0.05 and is no faster than bf16.
 """
@@ -22,6 +25,7 @@ from cxr_fastai.errors import ModelFileError, UsageError
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 FP32, BF16 = "fp32", "bf16"
+UNSURE = 0.1  # a probability between it and 1 minus it is one that bf16 is not sure of
 FEW_FILMS = 32  # so many are done sooner in fp32
 
 
@@ -116,7 +120,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on the CPU with bfloat16 multiplications; sums and outputs are float32."""
+    """OpenVINO on the CPU with bfloat16 multiplications; sums and outputs are float32. See `UNSURE`."""
 
     precision = BF16
 
@@ -135,7 +139,14 @@ class OpenVino:
         self._request = self._network.create_infer_request()
         # OpenVINO may give an output more names than the file does.
         self._outputs = [(output.names, output) for output in self._network.outputs]
+        self._full = OnnxRuntime(model, threads)
 
     def run(self, films: np.ndarray) -> dict[str, np.ndarray]:  # noqa: D102
-        found = self._request.infer({"pixels": np.ascontiguousarray(films[:, None])})
-        return {name: np.array(found[output]) for names, output in self._outputs for name in names}
+        told = self._request.infer({"pixels": np.ascontiguousarray(films[:, None])})
+        found = {name: np.array(told[output]) for names, output in self._outputs for name in names}
+        p = found["probabilities"]
+        unsure = ((p > UNSURE) & (p < 1 - UNSURE)).any(axis=1)
+        if unsure.any():
+            for name, values in self._full.run(films[unsure]).items():
+                found[name][unsure] = values
+        return found

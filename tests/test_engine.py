@@ -25,6 +25,25 @@ def test_both_engines_give_all_outputs_and_agree(finished: Path) -> None:
     np.testing.assert_allclose(half["probabilities"], full["probabilities"], atol=0.05)
 
 
+def test_films_that_bf16_is_not_sure_of_are_run_in_full_precision(finished: Path, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    data = read_model(finished).data
+    films = np.random.default_rng(0).random((16, 32, 32)) ** np.linspace(0.1, 4, 16)[:, None, None]
+    films = films.astype(np.float32)
+    full, half = OnnxRuntime(data, 1), OpenVino(data, 1)
+    monkeypatch.setattr(engine, "UNSURE", 0.5)  # none
+    alone = half.run(films)
+    least = np.sort(alone["probabilities"].min(axis=1))
+    monkeypatch.setattr(engine, "UNSURE", float(least[7] + least[8]) / 2)
+    unsure = alone["probabilities"].min(axis=1) > engine.UNSURE
+    assert unsure.sum() == 8
+    found, exact = half.run(films), full.run(films[unsure])
+    for name in OUTPUTS:
+        assert np.array_equal(found[name][unsure], exact[name])
+        assert np.array_equal(found[name][~unsure], alone[name][~unsure])
+    assert not np.array_equal(alone["features"][unsure], exact["features"])
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_film_gets_the_same_answer_alone_and_among_others(finished: Path, kind: str) -> None:
     pytest.importorskip("openvino")
