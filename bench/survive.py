@@ -32,7 +32,8 @@ from cxr_fastai.phantom import generate
 from cxr_fastai.verify import verify_run
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ("--size", "64", "--epochs", "3", "--device", "cpu")
+EPOCHS = 4  # the frozen one, too
+SETTINGS = ("--size", "64", "--epochs", str(EPOCHS - 1), "--device", "cpu")
 
 
 class Place:
@@ -118,8 +119,9 @@ def kill(place: Place, asked: argparse.Namespace) -> bool:
                 place.go_on(name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
-            # Starting takes seconds in which there is nothing to lose; the rest of a run is shorter than all of it.
-            wait = chance.uniform(0.1 * whole, 0.7 * whole) if kills < asked.kills and here < asked.at_once else None
+            wait = None
+            if kills < asked.kills and here < asked.at_once:
+                wait = at_random(process, place.out / name / "history.csv", chance, whole)
             try:
                 _, errors = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
@@ -141,6 +143,23 @@ def kill(place: Place, asked: argparse.Namespace) -> bool:
         shutil.rmtree(place.out / name)
     print(f"{kills} kills in {runs} runs; an unbroken run takes {whole:.0f} s")
     return holds
+
+
+def at_random(process: subprocess.Popen, rows: Path, chance: random.Random, whole: float) -> float:
+    """Wait until a run has trained no or one more epoch, by chance, and say for how many seconds more it is to go on.
+
+    A moment drawn over the whole run would seldom lie in training: of a short run most is starting and export.
+    """
+
+    def epochs() -> int:
+        return rows.read_text().count("\n") - 1 if rows.exists() else 0
+
+    before = epochs()
+    if before == EPOCHS or chance.random() < 0.5:
+        return chance.uniform(0, 0.6 * whole)  # starting, which takes a third of it, then training, tests or export
+    while epochs() == before and process.poll() is None:
+        time.sleep(0.05)
+    return chance.uniform(0, 0.15 * whole)
 
 
 def torch_state(folder: Path) -> str:
