@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from cxr_fastai.config import usable_cores
-from cxr_fastai.engine import BF16, Engine, OnnxRuntime, OpenVino, multiplies_bf16
+from cxr_fastai.engine import BF16, Engine, OpenVino, multiplies_bf16
 from cxr_fastai.errors import TrainingError
 from cxr_fastai.outliers import Outliers
 from cxr_fastai.runs import atomic_path
 
 PARITY = 1e-4  # largest difference of a probability between the two files
 PRECISION_DP, PRECISION_AUROC = 0.01, 0.002  # what a faster precision may change
+TOGETHER = 16  # films that are run at a time
 OUTPUTS = ("logits", "probabilities", "evidence", "features", "distance")
 
 
@@ -110,7 +111,13 @@ def write_onnx(model, card: dict[str, Any], path: Path) -> None:
         onnx.save(model, temporary)
 
 
-def compare_precisions(model: bytes, films: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+def said_by(engine: Engine, films: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the `OUTPUTS` of films (N, size, size) float32 in [0, 1], some at a time."""
+    found = [engine.run(batch) for batch in np.array_split(films, max(1, len(films) // TOGETHER))]
+    return {name: np.concatenate([one[name] for one in found]) for name in OUTPUTS}
+
+
+def compare_precisions(model: bytes, films: np.ndarray, full: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     """Tell whether bfloat16 gives the same answers as full precision on held-out films: what the card says of it.
 
     Parameters
@@ -119,6 +126,8 @@ def compare_precisions(model: bytes, films: np.ndarray, truth: np.ndarray) -> di
         Bytes of an ONNX file.
     films
         (N, size, size) float32 in [0, 1].
+    full
+        Their probabilities (N, K) in full precision.
     truth
         (N, K) of 1, 0 and NaN (unknown).
 
@@ -132,11 +141,10 @@ def compare_precisions(model: bytes, films: np.ndarray, truth: np.ndarray) -> di
     if not multiplies_bf16():
         return {BF16: {"passed": False, "reason": "not tried: the processor multiplies bfloat16 no faster"}}
     try:
-        engines: list[Engine] = [OnnxRuntime(model, usable_cores()), OpenVino(model, usable_cores())]
+        engine = OpenVino(model, usable_cores())
     except ImportError:
         return {BF16: {"passed": False, "reason": "not tried: OpenVINO is not installed"}}
-    batches = np.array_split(films, max(1, len(films) // 16))
-    full, half = (np.concatenate([engine.run(batch)["probabilities"] for batch in batches]) for engine in engines)
+    half = said_by(engine, films)["probabilities"]
     changes = [
         abs(float(auroc(truth[known, k], half[known, k]) - auroc(truth[known, k], full[known, k])))
         for k, known in enumerate(~np.isnan(truth.T))
@@ -161,13 +169,15 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def check_parity(learn, onnx_path: Path, films: np.ndarray) -> float:
+def check_parity(learn, films: np.ndarray, theirs: np.ndarray, task: str) -> float:
     """Return the largest difference of a probability between the Learner and model.onnx over `films`.
 
     Parameters
     ----------
     films
         (N, size, size) float32 in [0, 1], as `images.to_input` gives them.
+    theirs
+        What model.onnx says of them: probabilities (N, K).
 
     Raises
     ------
@@ -177,17 +187,13 @@ def check_parity(learn, onnx_path: Path, films: np.ndarray) -> float:
     import torch
 
     from cxr_fastai.data import normalised
-    from cxr_fastai.predict import Predictor
 
-    predictor = Predictor(onnx_path)
     model = learn.model.cpu().eval()
-    worst = 0.0
-    for batch in np.array_split(films, max(1, len(films) // 16)):
-        with torch.no_grad():
-            logits = model(normalised(torch.from_numpy(batch[:, None])))
-        ours = logits.sigmoid() if predictor.card["task"] == "multilabel" else logits.softmax(1)
-        theirs = predictor.run(batch)["probabilities"]
-        worst = max(worst, float(np.abs(ours.numpy() - theirs).max()))
+    with torch.no_grad():
+        batches = torch.from_numpy(films[:, None]).split(TOGETHER)
+        logits = torch.cat([model(normalised(batch)) for batch in batches])
+    ours = logits.sigmoid() if task == "multilabel" else logits.softmax(1)
+    worst = float(np.abs(ours.numpy() - theirs).max())
     if not worst <= PARITY:
         raise TrainingError(
             f"model.onnx and learner.pkl differ by {worst:.2g} in a probability, more than {PARITY}; not exported"

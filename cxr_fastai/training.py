@@ -24,12 +24,13 @@ from fastai.learner import Learner
 
 from cxr_fastai import __version__, ranks
 from cxr_fastai.audit import audit_films, refuse_leaks, too_good
-from cxr_fastai.config import TrainConfig, rank, world
+from cxr_fastai.config import TrainConfig, rank, usable_cores, world
 from cxr_fastai.console import QUIET, Console
 from cxr_fastai.data import OpenFilm, read_films, without_unreadable
+from cxr_fastai.engine import OnnxRuntime
 from cxr_fastai.errors import UsageError
 from cxr_fastai.evaluate import measure, predict_table, predictions_csv
-from cxr_fastai.export import check_parity, compare_precisions, export_learner, make_onnx, write_onnx
+from cxr_fastai.export import check_parity, compare_precisions, export_learner, make_onnx, said_by, write_onnx
 from cxr_fastai.fitting import (
     announce,
     build_learner,
@@ -49,7 +50,7 @@ from cxr_fastai.split import check_split, deal_folds, fingerprint, folds_of, giv
 from cxr_fastai.table import load_table, positive_class, targets_of
 from cxr_fastai.tracking import Trackers, tracked
 
-PARITY_FILMS, PRECISION_FILMS, OUTLIER_FILMS = 32, 256, 2000
+PARITY_FILMS, HELD_OUT_FILMS, OUTLIER_FILMS = 32, 512, 2000
 AUTO_SEEDS = 3
 RECORDED_PACKAGES = (
     "fastai",
@@ -358,21 +359,23 @@ def export_both(
     new = pool["fold"] == 1 if config.folds else pool["split"] == "valid"
     learned, held_out = pool[~new], pool[new]
     learned = learned.sample(min(len(learned), OUTLIER_FILMS), random_state=config.seed)
-    held_out = held_out.sample(min(len(held_out), OUTLIER_FILMS), random_state=config.seed)
-    with console.progress("Learning what outliers are", len(learned) + len(held_out)) as advance:
-        learned_features = features_of_films(learn.model, learned["path"].tolist(), opener, device, config, advance)
-        outliers = fit_outliers(learned_features)
-        new_features = features_of_films(learn.model, held_out["path"].tolist(), opener, device, config, advance)
-    card["outliers"] = {"limit": limit_of(outliers.distance(new_features)), "quantile": QUANTILE, "films": len(learned)}
+    held_out = held_out.sample(min(len(held_out), HELD_OUT_FILMS), random_state=config.seed)
+    with console.progress("Learning what outliers are", len(learned)) as advance:
+        outliers = fit_outliers(
+            features_of_films(learn.model, learned["path"].tolist(), opener, device, config, advance)
+        )
     with console.busy("Writing learner.pkl and model.onnx, and comparing them"):
         export_learner(learn, run / "learner.pkl")
         model = make_onnx(learn, config.size, card["task"], outliers)
-        some = held_out[:PRECISION_FILMS]
-        films = np.stack([opener.encodes(path)[0].numpy() for path in some["path"]])
-        truth = targets_of(some, card["classes"])
-        card["precision"] = compare_precisions(model.SerializeToString(), films, truth)
+        written = model.SerializeToString()
+        films = np.stack([opener.encodes(path)[0].numpy() for path in held_out["path"]])
+        said = said_by(OnnxRuntime(written, usable_cores()), films)
+        parity = check_parity(learn, films[:PARITY_FILMS], said["probabilities"][:PARITY_FILMS], card["task"])
+        limit = limit_of(said["distance"][:, 0])
+        card["outliers"] = {"limit": limit, "quantile": QUANTILE, "films": len(learned)}
+        truth = targets_of(held_out, card["classes"])
+        card["precision"] = compare_precisions(written, films, said["probabilities"], truth)
         write_onnx(model, card, run / "model.onnx")
-        parity = check_parity(learn, run / "model.onnx", films[:PARITY_FILMS])
     half = card["precision"]["bf16"]
     console.say(
         f"Exported learner.pkl and model.onnx; probabilities differ by at most {parity:.1e}; bf16 in predict: "
