@@ -64,10 +64,9 @@ class KeepNorms(Callback):
 
 
 class KeepFirst(Callback):
-    """Train with the first layers as they are, for a body that has learned before.
+    """Train with the first layers as they are, for a body that has learned from such films before.
 
-    What they see, edges and textures, changes least from one kind of film to another; and since their maps are the
-    largest, they would take a quarter of a step's time. See `architectures.first_layers`.
+    Their maps are the largest: they would take a quarter of a step's time. See `architectures.first_layers`.
     """
 
     order = -20  # before what looks for the parameters that learn

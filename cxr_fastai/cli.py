@@ -17,7 +17,6 @@ from cxr_fastai import __version__
 from cxr_fastai.cli_explore import explorer
 from cxr_fastai.cli_options import (
     DEFAULT_DATA,
-    AllLayers,
     AllowLeaks,
     Arch,
     Augment,
@@ -26,6 +25,7 @@ from cxr_fastai.cli_options import (
     Device,
     Dropout,
     Epochs,
+    FirstLayers,
     Folds,
     FreezeEpochs,
     HashIds,
@@ -158,7 +158,7 @@ def train(
     batch_size: BatchSize = TrainConfig.batch_size,
     epochs: Epochs = TrainConfig.epochs,
     freeze_epochs: FreezeEpochs = TrainConfig.freeze_epochs,
-    all_layers: AllLayers = False,
+    first_layers: FirstLayers = TrainConfig.first_layers,
     lr: Annotated[
         str, typer.Option(help="Peak learning rate of Adam, or auto: from lr-find.", rich_help_panel="Training")
     ] = f"{TrainConfig.lr:g}",

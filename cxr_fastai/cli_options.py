@@ -71,11 +71,11 @@ Epochs = Annotated[int, typer.Option(help="Epochs that train the network.", rich
 FreezeEpochs = Annotated[
     int, typer.Option(help="Epochs before them that train the new last layer only.", rich_help_panel="Training")
 ]
-AllLayers = Annotated[
-    bool,
+FirstLayers = Annotated[
+    str,
     typer.Option(
-        "--all-layers",
-        help="Train the first layers of a pretrained network, too: a third slower.",
+        help="Of a pretrained network: train, or keep, which is a quarter faster; auto keeps what learned from "
+        "phantoms where the films are phantoms, too.",
         rich_help_panel="Training",
     ),
 ]

@@ -200,7 +200,8 @@ class TrainConfig(DataConfig):
     arch: torchvision or timm name. weights: auto, imagenet, phantom, none, or a file.
     size: side of the square input in pixels. batch_size: films a step.
     epochs: of the whole training; freeze_epochs: before them, with the pretrained body kept.
-    all_layers: whether the first layers of a pretrained body are trained, too; see `architectures.first_layers`.
+    first_layers: of a pretrained body (`architectures.first_layers`), train or keep them; auto keeps those that
+        learned from phantoms where the films are phantoms, too.
     lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
     dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
     patience: epochs without a better validation AUROC before training stops; 0 never stops.
@@ -219,7 +220,7 @@ class TrainConfig(DataConfig):
     batch_size: int = 16
     epochs: int = 3
     freeze_epochs: int = 1
-    all_layers: bool = False
+    first_layers: str = "auto"
     lr: float | None = 1e-3
     weight_decay: float = 0.01
     dropout: float = 0.1
@@ -258,6 +259,8 @@ class TrainConfig(DataConfig):
         require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
         require(2 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "from 2 to 4096")
         require(1 <= self.epochs <= 10_000, "--epochs", self.epochs, "from 1 to 10000")
+        known = ("auto", "keep", "train")
+        require(self.first_layers in known, "--first-layers", self.first_layers, f"one of {', '.join(known)}")
         require(0 <= self.freeze_epochs <= 1000, "--freeze-epochs", self.freeze_epochs, "from 0 to 1000")
         # No upper bound below infinity: a rate that diverges is found and reported by the training itself.
         require(self.lr is None or 0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0, or auto")

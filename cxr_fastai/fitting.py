@@ -142,7 +142,7 @@ def fit(
 ) -> None:
     """Run both phases of `fine_tune`, write history.csv, and keep the best epoch of both.
 
-    In the second, the first layers of a body that has learned stay as they are, unless `config.all_layers`.
+    In the second, the first layers of a body may stay as they are; see `kept`.
 
     A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
     first epoch, at one learning rate for all layers, for as many epochs as both phases have.
@@ -247,7 +247,9 @@ def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
     """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
     if not weights.pretrained:
         return []
-    return [KeepNorms()] if config.all_layers else [KeepNorms(), KeepFirst(config.size)]
+    at_home = weights.kind == "phantom" and (Path(config.data) / "dataset.json").is_file()
+    keep = at_home if config.first_layers == "auto" else config.first_layers == "keep"
+    return [KeepNorms(), KeepFirst(config.size)] if keep else [KeepNorms()]
 
 
 def rate_spread(weights: LoadedWeights) -> float:

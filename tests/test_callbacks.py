@@ -15,7 +15,8 @@ from torch import nn
 
 from cxr_fastai.callbacks import BestEpoch, FiniteLoss, KeepFirst, KeepNorms
 from cxr_fastai.config import TrainConfig
-from cxr_fastai.model import make_body
+from cxr_fastai.fitting import kept
+from cxr_fastai.model import LoadedWeights, make_body
 from cxr_fastai.training import train
 
 
@@ -81,6 +82,22 @@ def test_first_layers_stay_and_are_trained_again_afterwards() -> None:
     assert torch.equal(body[0].weight, first)
     assert not torch.equal(body[2].weight, later)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_first_layers_stay_by_themselves_only_where_they_learned_from_such_films(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").touch()
+
+    def keeps(kind: str, data: Path, first_layers: str = "auto") -> bool:
+        weights = LoadedWeights(kind, "", kind != "none")
+        found = kept(weights, TrainConfig(data=str(data), first_layers=first_layers))
+        return any(isinstance(cb, KeepFirst) for cb in found)
+
+    assert keeps("phantom", tmp_path)
+    assert not keeps("phantom", tmp_path / "real")
+    assert not keeps("imagenet", tmp_path)
+    assert keeps("imagenet", tmp_path / "real", "keep")
+    assert not keeps("phantom", tmp_path, "train")
+    assert not keeps("none", tmp_path, "keep")
 
 
 def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:

@@ -19,7 +19,7 @@ def test_json_gives_the_same_config_back() -> None:
 
 
 def test_unknown_setting_is_named() -> None:
-    with pytest.raises(UsageError, match="unknown setting epoch; known are all_layers, allow_leaks, arch, audit"):
+    with pytest.raises(UsageError, match="unknown setting epoch; known are allow_leaks, arch, audit, augment"):
         TrainConfig.from_json('{"epoch": 3}')
 
 

@@ -34,7 +34,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3", "unknown setting epoch; known are all_layers, allow_leaks, arch, audit"),
+        ("epoch = 3", "unknown setting epoch; known are allow_leaks, arch, audit, augment"),
         ('epochs = "3"', "epochs is '3', but must be a whole number"),
         ("epochs = true", "epochs is True, but must be a whole number"),
         ("epochs = 3.0", "epochs is 3.0, but must be a whole number"),
