@@ -266,8 +266,8 @@ def fine_tune(job: Job, table: pd.DataFrame, opener: OpenFilm, settings: Setting
     chosen = repeated(chosen_films(pool, job.shots[0], job.seed), EPOCH)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            weights=STARTS[job.start], size=settings.size, seed=job.seed, out=folder, device=settings.device,
-            epochs=job.epochs - 1, freeze_epochs=1, patience=0,
+            data=str(settings.real), weights=STARTS[job.start], size=settings.size, seed=job.seed, out=folder,
+            device=settings.device, epochs=job.epochs - 1, freeze_epochs=1, patience=0,
         )  # fmt: skip
         learn, loaded, _ = build_learner(chosen, config, opener, choose_device(settings.device))
         fit(learn, config, loaded, Path(folder), QUIET)
