@@ -118,7 +118,7 @@ def make_phantoms(config: GenerateConfig, console: Any) -> dict[str, Any]:
 
 def ensure_phantoms(data: Path | None, config: TrainConfig, console: Any) -> None:
     """Make the default folder of phantoms where neither DATA nor a file of settings names any, and it is not there."""
-    if data is None and config.data == DEFAULT_DATA and not (Path(DEFAULT_DATA) / "dataset.json").is_file():
+    if data is None and config.data == DEFAULT_DATA and not config.synthetic:
         if world() > 1:
             raise UsageError(f"no films in {DEFAULT_DATA}, and several processes cannot make them; run generate first")
         console.say(f"No DATA given: making synthetic films in {DEFAULT_DATA}")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from cxr_fastai.errors import UsageError
@@ -16,6 +17,7 @@ from cxr_fastai.errors import UsageError
 TASKS = ("auto", "binary", "multiclass", "multilabel")
 AUDITS = ("cheap", "full")
 UNCERTAIN = ("ignore", "ones", "zeros", "soft")
+FIRST_LAYERS = ("auto", "keep", "train")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREDICT_PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -191,6 +193,11 @@ class DataConfig(Saved):
         require(self.test + self.valid < 1, "--test plus --valid", self.test + self.valid, "below 1")
         require(0 <= self.seed <= MAX_SEED, "--seed", self.seed, f"a whole number from 0 to {MAX_SEED}")
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the films are a folder that `generate` wrote."""
+        return (Path(self.data) / "dataset.json").is_file()
+
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
@@ -199,7 +206,7 @@ class TrainConfig(DataConfig):
     name, out: the run folder is `out/name`; without a name train-001, train-002 ...
     arch: torchvision or timm name. weights: auto, imagenet, phantom, none, or a file.
     size: side of the square input in pixels. batch_size: films a step.
-    epochs: of the whole training; freeze_epochs: before them, with the pretrained body kept.
+    epochs: that train the network; freeze_epochs: before them, with the pretrained body kept.
     first_layers: of a pretrained body (`architectures.first_layers`), train or keep them; auto keeps those that
         learned from phantoms where the films are phantoms, too.
     lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
@@ -259,9 +266,9 @@ class TrainConfig(DataConfig):
         require(32 <= self.size <= 1024, "--size", self.size, "from 32 to 1024 pixels")
         require(2 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "from 2 to 4096")
         require(1 <= self.epochs <= 10_000, "--epochs", self.epochs, "from 1 to 10000")
-        known = ("auto", "keep", "train")
-        require(self.first_layers in known, "--first-layers", self.first_layers, f"one of {', '.join(known)}")
         require(0 <= self.freeze_epochs <= 1000, "--freeze-epochs", self.freeze_epochs, "from 0 to 1000")
+        choices = ", ".join(FIRST_LAYERS)
+        require(self.first_layers in FIRST_LAYERS, "--first-layers", self.first_layers, f"one of {choices}")
         # No upper bound below infinity: a rate that diverges is found and reported by the training itself.
         require(self.lr is None or 0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0, or auto")
         require(0 <= self.weight_decay <= 10, "--weight-decay", self.weight_decay, "from 0 to 10")

@@ -247,7 +247,7 @@ def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
     """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
     if not weights.pretrained:
         return []
-    at_home = weights.kind == "phantom" and (Path(config.data) / "dataset.json").is_file()
+    at_home = weights.kind == "phantom" and config.synthetic
     keep = at_home if config.first_layers == "auto" else config.first_layers == "keep"
     return [KeepNorms(), KeepFirst(config.size)] if keep else [KeepNorms()]
 

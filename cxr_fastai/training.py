@@ -231,7 +231,7 @@ def write_record(run: Path, config: TrainConfig, table: pd.DataFrame, device: to
         "task": table.attrs["task"],
         "classes": table.attrs["classes"],
         "positive": table.attrs["positive"],
-        "synthetic": (Path(config.data) / "dataset.json").is_file(),
+        "synthetic": config.synthetic,
         **{key: table.attrs.get(key) for key in ("patients_from", "source_kind", "notes")},
         "device": f"{device.type} ({hardware})",
         "precision": choose_precision(config, device),
