@@ -95,7 +95,8 @@ def lr_find_seeds(
         console.say(f"{name:<8} {s['median']:.1e}   {s['low']:.1e} to {s['high']:.1e} {over}")
     suggested = suggested_rate(rates, seeds)
     console.say(f"suggested: {suggested['lr']:.1e} ({suggested['reason']})")
-    warn_of_doubts(suggested, summary[suggested["method"]], phase, lr_mult, console)
+    halved = phase == FINE_TUNE and config.freeze_epochs > 0
+    warn_of_doubts(suggested, summary[suggested["method"]], lr_mult, halved, console)
     if plot is not None:
         with atomic_path(plot) as temporary:
             draw(runs, summary, phase).savefig(temporary, format="png")
@@ -131,18 +132,19 @@ def suggested_rate(rates: dict[str, list[float]], seeds: int) -> dict[str, Any]:
 
 
 def warn_of_doubts(
-    suggested: dict[str, Any], spread: dict[str, float], phase: str, lr_mult: float, console: Console
+    suggested: dict[str, Any], spread: dict[str, float], lr_mult: float, halved: bool, console: Console
 ) -> None:
-    """Say when seeds do not agree, and what a rate for the second phase means for `train --lr`."""
+    """Say when seeds do not agree, and what a rate for a phase that trains at half of `train --lr` means for it."""
     if spread["high"] > DISAGREE * spread["low"]:
         console.warn(
             "the seeds do not agree on a learning rate",
             f"{spread['low']:.1e} to {spread['high']:.1e}. Give more --seeds or --iterations; if in doubt, take less.",
         )
-    if phase == FINE_TUNE and lr_mult > 1:
+    if halved:
+        slower = f", its first layers {lr_mult:g} times slower" if lr_mult > 1 else ""
         console.say(
-            f"For the phase that trains the network, its first layers {lr_mult:g} times slower. train runs it at half "
-            f"of its --lr: this rate there is --lr {2 * suggested['lr']:.1e}"
+            f"For the phase that trains the network{slower}. train runs it at half of its --lr: this rate there is "
+            f"--lr {2 * suggested['lr']:.1e}"
         )
 
 

@@ -45,8 +45,8 @@ from cxr_fastai.shards import InParts, Parts, own_cores
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
-# those learned from phantoms must move further to see real films.
-LR_MULT, PHANTOM_LR_MULT = 100, 2
+# those learned from phantoms must move as far as the last layer to see real films.
+LR_MULT, PHANTOM_LR_MULT = 100, 1
 LOOK_EVERY = 32  # batches on a CUDA device between looks at the loss
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 

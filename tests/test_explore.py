@@ -112,7 +112,7 @@ def test_the_rate_is_sought_for_the_phase_that_uses_it(small: TrainConfig) -> No
     assert (last / first, last / middle) == pytest.approx((100, 10))
     phantom = LoadedWeights("phantom", "", True)
     assert phase_of(small, phantom, unfrozen=False) == ("frozen", 1)
-    assert phase_of(small, phantom, unfrozen=True) == ("fine-tune", 2)
+    assert phase_of(small, phantom, unfrozen=True) == ("fine-tune", 1)
     assert phase_of(small, LoadedWeights("imagenet", "", True), unfrozen=True) == ("fine-tune", 100)
     assert phase_of(small, LoadedWeights("none", "", False), unfrozen=True) == ("from scratch", 1)
 
@@ -138,12 +138,16 @@ def test_the_suggestion_says_why_and_how_far_it_can_be_trusted() -> None:
 
 def test_seeds_that_do_not_agree_are_warned_of(capsys: pytest.CaptureFixture) -> None:
     suggested = {"lr": 1e-3, "method": "valley", "reason": ""}
-    warn_of_doubts(suggested, {"low": 1e-3, "high": 5e-3}, "frozen", 1, Console())
+    warn_of_doubts(suggested, {"low": 1e-3, "high": 5e-3}, 1, False, Console())
     assert capsys.readouterr().out == ""
-    warn_of_doubts(suggested, {"low": 1e-3, "high": 6e-3}, "frozen", 1, Console())
+    warn_of_doubts(suggested, {"low": 1e-3, "high": 6e-3}, 1, False, Console())
     assert "WARNING: the seeds do not agree on a learning rate. 1.0e-03 to 6.0e-03." in capsys.readouterr().out
-    warn_of_doubts(suggested, {"low": 1e-3, "high": 1e-3}, "fine-tune", 100, Console())
-    assert "half of its --lr: this rate there is --lr 2.0e-03" in capsys.readouterr().out
+    warn_of_doubts(suggested, {"low": 1e-3, "high": 1e-3}, 100, True, Console())
+    told = capsys.readouterr().out
+    assert "network, its first layers 100 times slower. train runs it at half of its --lr" in told
+    assert "this rate there is --lr 2.0e-03" in told
+    warn_of_doubts(suggested, {"low": 1e-3, "high": 1e-3}, 1, True, Console())
+    assert "network. train runs it at half of its --lr" in capsys.readouterr().out
 
 
 def test_the_minimum_method_gives_a_tenth_of_the_best_rate() -> None:
