@@ -191,10 +191,10 @@ def groups_of_layers(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def first_layers(body: nn.Module, size: int) -> list[nn.Parameter]:
-    """Return the parameters of the layers that run before the maps are smaller than a quarter of the film's side.
+    """Return the parameters of the layers that run before the maps are smaller than an eighth of the film's side.
 
-    In a DenseNet the stem, the first block and the transition after it; in a ResNet the stem and the first stage. One
-    film goes through the body, in evaluation. A place less, where layers do not pad, is taken for a quarter.
+    In a DenseNet the stem and the first two blocks with their transitions; in a ResNet the stem and the first two
+    stages. One film goes through the body, in evaluation. A place less, where layers do not pad, is taken for that.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def first_layers(body: nn.Module, size: int) -> list[nn.Parameter]:
     smaller: list[nn.Module] = []
 
     def look(layer: nn.Module, films: Any, maps: Any) -> None:
-        if not (isinstance(maps, torch.Tensor) and maps.ndim == 4 and 4 * maps.shape[2] + 4 >= size):
+        if not (isinstance(maps, torch.Tensor) and maps.ndim == 4 and 8 * maps.shape[2] + 8 >= size):
             smaller.append(layer)
         elif not smaller:
             found.update((id(one), one) for one in layer._parameters.values() if one is not None)

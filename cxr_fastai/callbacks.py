@@ -66,7 +66,7 @@ class KeepNorms(Callback):
 class KeepFirst(Callback):
     """Train with the first layers as they are, for a body that has learned from such films before.
 
-    Their maps are the largest: they would take a quarter of a step's time. See `architectures.first_layers`.
+    Their maps are the largest: they would take nearly half of a step's time. See `architectures.first_layers`.
     """
 
     order = -20  # before what looks for the parameters that learn

@@ -74,7 +74,7 @@ FreezeEpochs = Annotated[
 FirstLayers = Annotated[
     str,
     typer.Option(
-        help="Of a pretrained network: train, or keep, which is a quarter faster; auto keeps what learned from "
+        help="Of a pretrained network: train, or keep, which is nearly twice as fast; auto keeps what learned from "
         "phantoms where the films are phantoms, too.",
         rich_help_panel="Training",
     ),

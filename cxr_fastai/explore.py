@@ -108,7 +108,7 @@ def phase_of(config: TrainConfig, weights: LoadedWeights, unfrozen: bool) -> tup
     """Return the phase of training that a rate is sought for, and how many times lower the first layers' rate is."""
     if not (weights.pretrained and config.freeze_epochs):
         return FROM_SCRATCH if not weights.pretrained else FINE_TUNE, 1.0  # as `fit`: one rate for all layers
-    return (FINE_TUNE, rate_spread(weights)) if unfrozen else (FROZEN, 1.0)
+    return (FINE_TUNE, rate_spread(weights, config)) if unfrozen else (FROZEN, 1.0)
 
 
 def suggested_rate(rates: dict[str, list[float]], seeds: int) -> dict[str, Any]:

@@ -45,8 +45,8 @@ from cxr_fastai.shards import InParts, Parts, own_cores
 from cxr_fastai.table import targets_of
 
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
-# those learned from phantoms must move as far as the last layer to see real films.
-LR_MULT, PHANTOM_LR_MULT = 100, 1
+# those learned from phantoms must move as far as the last layer to see real films, and less for more phantoms.
+LR_MULT, PHANTOM_LR_MULT, AT_HOME_LR_MULT = 100, 1, 2
 LOOK_EVERY = 32  # batches on a CUDA device between looks at the loss
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 
@@ -229,7 +229,7 @@ def _fit(
             contextlib.closing(saving),
         ):
             if frozen:
-                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=rate_spread(weights))
+                learn.fine_tune(config.epochs, lr, freeze_epochs=frozen, lr_mult=rate_spread(weights, config))
             else:
                 learn.unfreeze()
                 learn.fit_one_cycle(epochs, lr)
@@ -247,13 +247,19 @@ def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
     """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
     if not weights.pretrained:
         return []
-    at_home = weights.kind == "phantom" and config.synthetic
-    keep = at_home if config.first_layers == "auto" else config.first_layers == "keep"
+    keep = at_home(weights, config) if config.first_layers == "auto" else config.first_layers == "keep"
     return [KeepNorms(), KeepFirst(config.size)] if keep else [KeepNorms()]
 
 
-def rate_spread(weights: LoadedWeights) -> float:
+def at_home(weights: LoadedWeights, config: TrainConfig) -> bool:
+    """Tell whether the weights were learned from such films as those at hand: phantoms, both."""
+    return weights.kind == "phantom" and config.synthetic
+
+
+def rate_spread(weights: LoadedWeights, config: TrainConfig) -> float:
     """Return how many times lower the first layers' rate is than the last's, once all are trained."""
+    if at_home(weights, config):
+        return AT_HOME_LR_MULT
     return PHANTOM_LR_MULT if weights.kind == "phantom" else LR_MULT
 
 

@@ -19,6 +19,7 @@ from cxr_fastai.config import TrainConfig
 from cxr_fastai.errors import UsageError
 from cxr_fastai.model import EvidenceHead, load_weights
 
+FIRST_BLOCKS = ("denseblock1", "transition1", "denseblock2", "transition2")
 without_timm = pytest.mark.skipif(architectures._timm() is None, reason="timm is not installed")
 
 
@@ -38,13 +39,13 @@ def test_other_networks_of_torchvision_are_cut_after_their_last_map(name: str, f
 @pytest.mark.parametrize(
     ("name", "first"),
     [
-        ("densenet121", ["0.conv0", "0.norm0", "0.denseblock1", "0.transition1"]),
-        ("resnet18", ["0", "1", "4"]),  # convolution, norm, first stage
-        ("convnext_tiny", ["0.0", "0.1", "0.2.0"]),  # which moves channels to the end in between
-        ("squeezenet1_1", ["0.0", "0.3", "0.4"]),  # without padding, 15 places of 64
+        ("densenet121", [f"0.{one}" for one in ("conv0", "norm0", *FIRST_BLOCKS)]),
+        ("resnet18", ["0", "1", "4", "5"]),  # convolution, norm, two stages
+        ("convnext_tiny", ["0.0", "0.1", "0.2", "0.3", "0.4.0"]),  # which moves channels to the end in between
+        ("squeezenet1_1", ["0.0", "0.3", "0.4", "0.6", "0.7"]),  # without padding, 7 places of 64
     ],
 )
-def test_first_layers_end_where_maps_get_smaller_than_a_quarter(name: str, first: list[str]) -> None:
+def test_first_layers_end_where_maps_get_smaller_than_an_eighth(name: str, first: list[str]) -> None:
     body, _ = make_body(name)
     body.train()
     before = {key: value.clone() for key, value in body.state_dict().items()}

@@ -71,14 +71,14 @@ def test_norms_learn_their_weights_and_keep_their_statistics() -> None:
 
 def test_first_layers_stay_and_are_trained_again_afterwards() -> None:
     torch.manual_seed(0)
-    films = [(torch.rand(3, 16, 16), torch.tensor(number % 2)) for number in range(8)]
-    body = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1))
+    films = [(torch.rand(3, 32, 32), torch.tensor(number % 2)) for number in range(8)]
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 4, 1))
     model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)))
     dls = DataLoaders(*(DataLoader(films, bs=4, device=torch.device("cpu")) for _ in range(2)))
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
     first, later = body[0].weight.detach().clone(), body[2].weight.detach().clone()
     with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 0.1, cbs=KeepFirst(16))
+        learn.fit(1, 0.1, cbs=KeepFirst(32))
     assert torch.equal(body[0].weight, first)
     assert not torch.equal(body[2].weight, later)
     assert all(p.requires_grad for p in model.parameters())

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_the_learner_stays_as_it_was_when_it_is_stopped(small: TrainConfig) -> N
     assert same(state_of(learn), before)
 
 
-def test_the_rate_is_sought_for_the_phase_that_uses_it(small: TrainConfig) -> None:
+def test_the_rate_is_sought_for_the_phase_that_uses_it(small: TrainConfig, tmp_path: Path) -> None:
     learn = learner(small)
     trained = []
 
@@ -113,6 +114,8 @@ def test_the_rate_is_sought_for_the_phase_that_uses_it(small: TrainConfig) -> No
     phantom = LoadedWeights("phantom", "", True)
     assert phase_of(small, phantom, unfrozen=False) == ("frozen", 1)
     assert phase_of(small, phantom, unfrozen=True) == ("fine-tune", 1)
+    (tmp_path / "dataset.json").touch()  # as `generate` leaves one
+    assert phase_of(dataclasses.replace(small, data=str(tmp_path)), phantom, unfrozen=True) == ("fine-tune", 2)
     assert phase_of(small, LoadedWeights("imagenet", "", True), unfrozen=True) == ("fine-tune", 100)
     assert phase_of(small, LoadedWeights("none", "", False), unfrozen=True) == ("from scratch", 1)
 
