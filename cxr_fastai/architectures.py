@@ -190,22 +190,25 @@ def groups_of_layers(model: nn.Module) -> list[list[nn.Parameter]]:
     return [body[: len(body) // 2], body[len(body) // 2 :], head]
 
 
-def first_layers(body: nn.Module, size: int) -> list[nn.Parameter]:
-    """Return the parameters of the layers that run before the maps are smaller than an eighth of the film's side.
+def first_layers(body: nn.Module, size: int, part: int) -> list[nn.Parameter]:
+    """Return the parameters of the layers that run before the maps are smaller than a part of the film's side.
 
-    In a DenseNet the stem and the first two blocks with their transitions; in a ResNet the stem and the first two
-    stages. One film goes through the body, in evaluation. A place less, where layers do not pad, is taken for that.
+    Of an eighth (8) that is in a DenseNet the stem and the first two blocks with their transitions, in a ResNet the
+    stem and the first two stages; of a half (2) it is the stem. One film goes through the body, in evaluation. A place
+    less, where layers do not pad, is taken for that.
 
     Parameters
     ----------
     size
         Side of a film in pixels.
+    part
+        How many times smaller than that the side of their maps is at most.
     """
     found: dict[int, nn.Parameter] = {}
     smaller: list[nn.Module] = []
 
     def look(layer: nn.Module, films: Any, maps: Any) -> None:
-        if not (isinstance(maps, torch.Tensor) and maps.ndim == 4 and 8 * maps.shape[2] + 8 >= size):
+        if not (isinstance(maps, torch.Tensor) and maps.ndim == 4 and part * (maps.shape[2] + 1) >= size):
             smaller.append(layer)
         elif not smaller:
             found.update((id(one), one) for one in layer._parameters.values() if one is not None)

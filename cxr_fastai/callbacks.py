@@ -66,16 +66,17 @@ class KeepNorms(Callback):
 class KeepFirst(Callback):
     """Train with the first layers as they are, for a body that has learned from such films before.
 
-    Their maps are the largest: they would take nearly half of a step's time. See `architectures.first_layers`.
+    Their maps are the largest: the stem and two blocks would take nearly half of a step's time. See
+    `architectures.first_layers`.
     """
 
     order = -20  # before what looks for the parameters that learn
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, part: int):
+        self.size, self.part = size, part
 
     def before_fit(self) -> None:  # noqa: D102
-        self.kept = [p for p in first_layers(self.model[0], self.size) if p.requires_grad]
+        self.kept = [p for p in first_layers(self.model[0], self.size, self.part) if p.requires_grad]
         for parameter in self.kept:
             parameter.requires_grad_(False)
 

@@ -74,8 +74,8 @@ FreezeEpochs = Annotated[
 FirstLayers = Annotated[
     str,
     typer.Option(
-        help="Of a pretrained network: train, or keep, which is nearly twice as fast; auto keeps what learned from "
-        "phantoms where the films are phantoms, too.",
+        help="Of a pretrained network: train, or keep, which is much faster; auto keeps what learned from phantoms "
+        "where the films are phantoms, too, and else the very first.",
         rich_help_panel="Training",
     ),
 ]

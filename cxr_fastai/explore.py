@@ -141,9 +141,9 @@ def warn_of_doubts(
             f"{spread['low']:.1e} to {spread['high']:.1e}. Give more --seeds or --iterations; if in doubt, take less.",
         )
     if halved:
-        slower = f", its first layers {lr_mult:g} times slower" if lr_mult > 1 else ""
+        slower = f", its first layers {lr_mult:g} times slower," if lr_mult > 1 else ""
         console.say(
-            f"For the phase that trains the network{slower}. train runs it at half of its --lr: this rate there is "
+            f"train runs the phase that trains all layers{slower} at half of its --lr: this rate there is "
             f"--lr {2 * suggested['lr']:.1e}"
         )
 

@@ -47,6 +47,7 @@ from cxr_fastai.table import targets_of
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
 # those learned from phantoms must move as far as the last layer to see real films, and less for more phantoms.
 LR_MULT, PHANTOM_LR_MULT, AT_HOME_LR_MULT = 100, 1, 2
+STEM, FIRST_BLOCKS = 2, 8  # to which part of a film's side the maps of the first layers have shrunk (`first_layers`)
 LOOK_EVERY = 32  # batches on a CUDA device between looks at the loss
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
 
@@ -247,8 +248,20 @@ def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
     """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
     if not weights.pretrained:
         return []
-    keep = at_home(weights, config) if config.first_layers == "auto" else config.first_layers == "keep"
-    return [KeepNorms(), KeepFirst(config.size)] if keep else [KeepNorms()]
+    part = first_kept(weights, config)
+    return [KeepNorms(), KeepFirst(config.size, part)] if part else [KeepNorms()]
+
+
+def first_kept(weights: LoadedWeights, config: TrainConfig) -> int | None:
+    """Return to which part of a film's side the maps shrink in the first layers that stay as they are; None for none.
+
+    What phantoms taught the stem holds for real films.
+    """
+    if config.first_layers == "auto":
+        if at_home(weights, config):
+            return FIRST_BLOCKS
+        return STEM if weights.kind == "phantom" else None
+    return FIRST_BLOCKS if config.first_layers == "keep" else None
 
 
 def at_home(weights: LoadedWeights, config: TrainConfig) -> bool:

@@ -50,9 +50,15 @@ def test_first_layers_end_where_maps_get_smaller_than_an_eighth(name: str, first
     body.train()
     before = {key: value.clone() for key, value in body.state_dict().items()}
     wanted = [p for key in first for p in body.get_submodule(key).parameters()]
-    assert {id(p) for p in first_layers(body, 64)} == {id(p) for p in wanted}
+    assert {id(p) for p in first_layers(body, 64, 8)} == {id(p) for p in wanted}
     assert body.training
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
+
+
+def test_first_layers_to_half_of_the_side_are_the_stem() -> None:
+    body, _ = make_body("densenet121")
+    wanted = [*body.get_submodule("0.conv0").parameters(), *body.get_submodule("0.norm0").parameters()]
+    assert {id(p) for p in first_layers(body, 64, 2)} == {id(p) for p in wanted}
 
 
 def test_a_network_that_cannot_be_made_without_numbers_leaves_chance_alone() -> None:

@@ -78,7 +78,7 @@ def test_first_layers_stay_and_are_trained_again_afterwards() -> None:
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
     first, later = body[0].weight.detach().clone(), body[2].weight.detach().clone()
     with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 0.1, cbs=KeepFirst(32))
+        learn.fit(1, 0.1, cbs=KeepFirst(32, 8))
     assert torch.equal(body[0].weight, first)
     assert not torch.equal(body[2].weight, later)
     assert all(p.requires_grad for p in model.parameters())
@@ -87,17 +87,17 @@ def test_first_layers_stay_and_are_trained_again_afterwards() -> None:
 def test_first_layers_stay_by_themselves_only_where_they_learned_from_such_films(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").touch()
 
-    def keeps(kind: str, data: Path, first_layers: str = "auto") -> bool:
+    def kept_to(kind: str, data: Path, first_layers: str = "auto") -> list[int]:
         weights = LoadedWeights(kind, "", kind != "none")
         found = kept(weights, TrainConfig(data=str(data), first_layers=first_layers))
-        return any(isinstance(cb, KeepFirst) for cb in found)
+        return [cb.part for cb in found if isinstance(cb, KeepFirst)]
 
-    assert keeps("phantom", tmp_path)
-    assert not keeps("phantom", tmp_path / "real")
-    assert not keeps("imagenet", tmp_path)
-    assert keeps("imagenet", tmp_path / "real", "keep")
-    assert not keeps("phantom", tmp_path, "train")
-    assert not keeps("none", tmp_path, "keep")
+    assert kept_to("phantom", tmp_path) == [8]
+    assert kept_to("phantom", tmp_path / "real") == [2]
+    assert kept_to("imagenet", tmp_path) == []
+    assert kept_to("imagenet", tmp_path / "real", "keep") == [8]
+    assert kept_to("phantom", tmp_path, "train") == []
+    assert kept_to("none", tmp_path, "keep") == []
 
 
 def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:

@@ -147,10 +147,10 @@ def test_seeds_that_do_not_agree_are_warned_of(capsys: pytest.CaptureFixture) ->
     assert "WARNING: the seeds do not agree on a learning rate. 1.0e-03 to 6.0e-03." in capsys.readouterr().out
     warn_of_doubts(suggested, {"low": 1e-3, "high": 1e-3}, 100, True, Console())
     told = capsys.readouterr().out
-    assert "network, its first layers 100 times slower. train runs it at half of its --lr" in told
+    assert "trains all layers, its first layers 100 times slower, at half of its --lr" in told
     assert "this rate there is --lr 2.0e-03" in told
     warn_of_doubts(suggested, {"low": 1e-3, "high": 1e-3}, 1, True, Console())
-    assert "network. train runs it at half of its --lr" in capsys.readouterr().out
+    assert "trains all layers at half of its --lr" in capsys.readouterr().out
 
 
 def test_the_minimum_method_gives_a_tenth_of_the_best_rate() -> None:

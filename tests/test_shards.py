@@ -1,12 +1,13 @@
 """A batch in parts gives what the parts give, and the same in every run."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from cxr_fastai.shards import Parts
+from cxr_fastai.shards import InParts, Parts
 
 
 def body() -> nn.Sequential:
@@ -73,3 +74,19 @@ def test_what_is_not_learned_has_no_gradients_and_parts_may_differ_in_size(films
     said = Parts(network, 3, 1)(films[:11])
     assert not said.requires_grad
     assert torch.allclose(said, copy.deepcopy(network)(films[:11]), atol=1e-6)
+
+
+def test_with_kept_norms_a_small_batch_is_taken_folded_too_and_the_network_is_itself_again_afterwards() -> None:
+    model, taken = nn.Sequential(body().eval()), InParts()
+    learn = SimpleNamespace(model=model, dls=SimpleNamespace(train=SimpleNamespace(bs=4)))
+    taken.learn = learn
+    taken.before_fit()
+    assert "forward" not in model[0].__dict__  # batch norms of four films are too noisy in parts, nothing is folded
+    learn.keep_norms = True
+    taken.before_fit()
+    films = torch.randn(3, 3, 9, 9)
+    said = model(films)
+    assert "forward" in model[0].__dict__
+    taken.after_fit()
+    assert "forward" not in model[0].__dict__
+    assert torch.allclose(said, model(films), atol=1e-6)
