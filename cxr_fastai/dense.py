@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models.densenet import _DenseBlock, _Transition
 
-from cxr_fastai.folding import Folded
+from cxr_fastai.folding import Folded, scale_and_shift
 
 aten = torch.ops.aten
 LAST = torch.channels_last
@@ -38,12 +38,6 @@ def can_be_lean(layer: Any) -> bool:
     return not layer.drop_rate and isinstance(layer.conv1, Folded)
 
 
-def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a norm with kept statistics multiplies each channel by, and then adds, both (C,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
-
-
 class LeanBlock(nn.Module):
     """The layers of a dense block: maps (N, C, h, w) -> (N, C + growth × layers, h, w), in autocast's type."""
 
@@ -53,19 +47,8 @@ class LeanBlock(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:  # noqa: D102
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else maps.dtype
-        learned = [
-            parameter
-            for layer in self.layers
-            for norm1, conv1, norm2, conv2 in [parts_of(layer)]
-            for parameter in (norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight)
-        ]
         with torch.autocast("cpu", enabled=False):
-            return _Layers.apply(maps, self.layers, kind, *learned)
-
-
-def parts_of(layer: Any) -> tuple[Any, Any, Any, Any]:
-    """Return norm1, conv1, norm2, conv2 of a dense layer whose `conv1` is folded."""
-    return layer.norm1, layer.conv1.convolution, layer.conv1.norm, layer.conv2
+            return _Layers.apply(maps, self.layers, kind, *self.layers.parameters())
 
 
 class _Layers(torch.autograd.Function):
@@ -79,18 +62,17 @@ class _Layers(torch.autograd.Function):
         growth = layers[0].conv2.out_channels
         joined = torch.empty(n, known + growth * len(layers), height, width, dtype=kind, memory_format=LAST)
         joined[:, :known] = maps
-        ctx.kept = []
+        ctx.kept, learning = [], any(ctx.needs_input_grad)
         for layer in layers:
-            norm1, conv1, norm2, conv2 = parts_of(layer)
-            scale, shift = (one.to(kind).view(-1, 1, 1) for one in scale_and_shift(norm1))
+            scale, shift = (one.to(kind).view(-1, 1, 1) for one in scale_and_shift(layer.norm1))
             first = torch.addcmul(shift, joined[:, :known], scale).relu_()
-            scale, shift = scale_and_shift(norm2)
-            weight1, weight2 = (conv1.weight * scale.view(-1, 1, 1, 1)).to(kind), conv2.weight.to(kind)
-            second = torch.conv2d(first, weight1, shift.to(kind)).relu_()
+            weight1, bias1 = (one.to(kind) for one in layer.conv1.weight_and_bias())
+            second = torch.conv2d(first, weight1, bias1).relu_()
+            weight2 = layer.conv2.weight.to(kind)
             joined[:, known : known + growth] = torch.conv2d(second, weight2, padding=1)
             known += growth
-            if any(ctx.needs_input_grad):
-                ctx.kept.append((layer, first, weight1, second, weight2))
+            if learning:
+                ctx.kept.append((layer, scale, first, weight1, second, weight2))
         ctx.save_for_backward(joined)
         return joined
 
@@ -101,18 +83,18 @@ class _Layers(torch.autograd.Function):
         growth, known = ctx.kept[0][0].conv2.out_channels, joined.shape[1]
         found: list[torch.Tensor] = []
         while ctx.kept:
-            layer, first, weight1, second, weight2 = ctx.kept.pop()
-            norm1, conv1, norm2, _ = parts_of(layer)
+            layer, scale1, first, weight1, second, weight2 = ctx.kept.pop()
+            conv1, norm2 = layer.conv1.convolution, layer.conv1.norm
             known -= growth
             of_maps = gradient[:, known : known + growth].contiguous(memory_format=LAST)
             of_second, of_weight2, _ = behind(of_maps, second, weight2, padding=1, bias=False)
             aten.threshold_backward.grad_input(of_second, second, 0, grad_input=of_second)
             of_first, of_weight1, of_shift2 = behind(of_second, first, weight1, padding=0, bias=True)
             aten.threshold_backward.grad_input(of_first, first, 0, grad_input=of_first)
-            gradient[:, :known].addcmul_(of_first, scale_and_shift(norm1)[0].to(of_first.dtype).view(-1, 1, 1))
+            gradient[:, :known].addcmul_(of_first, scale1)
             of_scale2 = (conv1.weight * of_weight1).sum((1, 2, 3)) - norm2.running_mean * of_shift2
             found = [
-                *of_norm(norm1, joined[:, :known], of_first, (weight1.float() * of_weight1).sum((0, 2, 3))),
+                *of_norm(layer.norm1, joined[:, :known], of_first, (weight1.float() * of_weight1).sum((0, 2, 3))),
                 of_weight1 * scale_and_shift(norm2)[0].view(-1, 1, 1, 1),
                 of_scale2 * (norm2.running_var + norm2.eps).rsqrt(),
                 of_shift2,

@@ -40,6 +40,12 @@ def norms_after_convolutions(body: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
+def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a norm with kept statistics multiplies each channel by, and then adds, both (C,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class Folded(nn.Module):
     """A convolution and the batch norm after it, whose statistics do not change, as one convolution."""
 
@@ -48,11 +54,14 @@ class Folded(nn.Module):
         self.convolution, self.norm = convolution, norm
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        bias = self.norm.bias - self.norm.running_mean * scale
+        return self.convolution._conv_forward(maps, *self.weight_and_bias())
+
+    def weight_and_bias(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and bias of the one convolution."""
+        scale, shift = scale_and_shift(self.norm)
         if self.convolution.bias is not None:
-            bias = bias + self.convolution.bias * scale
-        return self.convolution._conv_forward(maps, self.convolution.weight * scale.view(-1, 1, 1, 1), bias)
+            shift = shift + self.convolution.bias * scale
+        return self.convolution.weight * scale.view(-1, 1, 1, 1), shift
 
 
 def fold(

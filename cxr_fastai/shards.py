@@ -129,9 +129,10 @@ class InParts(Callback):
     """
 
     def before_fit(self) -> None:  # noqa: D102
+        self.after_fit()  # fastai does not tell of a fit that ended with an error, as where memory runs out
         cores, kept_norms = own_cores(), hasattr(self.learn, "keep_norms")
         count = max(min(cores, self.dls.train.bs // FILMS_IN_PART), 1)
-        least = count if kept_norms else count * FILMS_IN_PART
+        least = count * (1 if kept_norms else FILMS_IN_PART)
         if count > 1 or kept_norms:
             body = self.learn.model[0]
             parts = Parts(body, count, cores // count, kept_norms)

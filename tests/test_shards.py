@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,22 @@ def test_with_kept_norms_a_small_batch_is_taken_folded_too_and_the_network_is_it
     taken.after_fit()
     assert "forward" not in model[0].__dict__
     assert torch.allclose(said, model(films), atol=1e-6)
+
+
+def test_after_a_fit_that_broke_off_the_next_begins_with_the_network_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Watched(Parts):
+        def __init__(self, network: nn.Module, *given: Any) -> None:
+            made.append("forward" in network.__dict__)
+            super().__init__(network, *given)
+
+    monkeypatch.setattr("cxr_fastai.shards.Parts", Watched)
+    monkeypatch.setattr("cxr_fastai.shards.own_cores", lambda: 2)
+    network, taken = body().train(), InParts()
+    taken.learn = SimpleNamespace(model=nn.Sequential(network), dls=SimpleNamespace(train=SimpleNamespace(bs=16)))
+    taken.before_fit()
+    taken.before_fit()  # no after_fit between them
+    assert made == [False, False]
+    taken.learn.model(torch.randn(16, 3, 9, 9))
+    assert network[1].running_mean.abs().min() > 0  # type: ignore[operator, union-attr]
