@@ -253,6 +253,43 @@ def test_a_trial_that_another_process_gave_back_is_not_given_back_twice(tmp_path
     assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
 
 
+def test_of_two_processes_that_give_back_a_trial_at_once_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    study, other = open_study(config, tmp_path), open_study(config, tmp_path)
+    trial = study.ask()
+    trial.suggest_float("lr_times", 0.5, 2.0)
+    end = study._storage.set_trial_state_values
+
+    def late(*given: Any, **more: Any) -> bool:
+        give_back(other, trial)
+        return end(*given, **more)
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", late)
+    give_back(study, trial)
+    assert [t.state.name for t in other.trials] == ["FAIL", "WAITING"]
+
+
+@pytest.mark.parametrize("ending", [0.9, optuna.TrialPruned(), TrainingError("the loss became nan")])
+def test_a_trial_that_another_process_gave_back_as_it_ended_is_that_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: float | Exception
+) -> None:
+    config = config_of(tmp_path)
+    study, other = open_study(config, tmp_path), open_study(config, tmp_path)
+    trial = study.ask()
+
+    def trained(*_: Any) -> float:
+        give_back(other, trial)
+        if isinstance(ending, Exception):
+            raise ending
+        return ending
+
+    monkeypatch.setattr(trials, "validation_auroc", trained)
+    trials.run_trial(desk_of(config), study, trial)
+    assert [t.state.name for t in other.trials] == ["FAIL"]
+
+
 def ask_for(config: SweepConfig, folder: Path, count: int) -> None:
     study = open_study(config, folder)
     for _ in range(count):
