@@ -34,7 +34,7 @@ from cxr_fastai.runs import write_text
 from cxr_fastai.split import fingerprint
 from cxr_fastai.study import best_trial, finished, in_state, open_study, refuse_another_sweep, shown_storage
 from cxr_fastai.training import audit, prepare_table, read_all, train
-from cxr_fastai.trials import Desk, end_trial, give_back, run_trial, start_of
+from cxr_fastai.trials import Desk, give_back, run_trial, start_of
 
 POLL_SECONDS = 1.0
 
@@ -129,7 +129,7 @@ def next_trial(desk: Desk, study: optuna.Study, watch: Watch) -> Trial | None:
             earlier = [t for t in in_state(study, TrialState.RUNNING) if t.number < trial.number]
             if len(finished(study)) + len(earlier) < desk.config.trials:
                 return trial
-            end_trial(study, trial, None, TrialState.FAIL)  # another process was quicker
+            give_back(study, trial)  # another process was quicker
         time.sleep(POLL_SECONDS)
 
 

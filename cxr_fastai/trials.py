@@ -78,22 +78,15 @@ class Pruner(EpochCallback):
             raise CancelFitException
 
 
-def end_trial(study: optuna.Study, trial: Trial | FrozenTrial, value: float | None, state: TrialState) -> bool:
-    """Tell the study how a trial ended; return False where another process did between a look at it and this."""
-    try:
-        study.tell(trial.number, value, state, skip_if_finished=True)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return False
-    return True
-
-
 def give_back(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
     """Mark a trial that did not end as failed, and queue its settings again, but not for ever."""
     if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
         return  # another process has seen it, too
-    tries = trial.user_attrs.get("tries", 1)
-    if end_trial(study, trial, None, TrialState.FAIL) and trial.params and tries < TRIES:
-        study.enqueue_trial(trial.params, user_attrs={"tries": tries + 1})
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process gives it back right now
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        tries = trial.user_attrs.get("tries", 1)
+        if trial.params and tries < TRIES:
+            study.enqueue_trial(trial.params, user_attrs={"tries": tries + 1})
 
 
 def run_trial(desk: Desk, study: optuna.Study, trial: Trial) -> None:
@@ -101,24 +94,21 @@ def run_trial(desk: Desk, study: optuna.Study, trial: Trial) -> None:
     study.sampler = optuna.samplers.TPESampler(
         seed=(desk.config.train.seed + SEED_STEP * trial.number) % 2**32, n_startup_trials=STARTUP_TRIALS
     )
-    value, state, problem = None, TrialState.PRUNED, None
-    try:
-        with signs_of_life(lambda count: trial.set_user_attr("sign", count)):
-            value = validation_auroc(desk, study, trial)
-        state = TrialState.COMPLETE
-    except optuna.TrialPruned:
-        pass
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return  # it was taken for left: this machine slept, say, and another has it now
-    except (TrainingError, torch.OutOfMemoryError) as error:
-        problem = str(error).splitlines()[0]
-    except BaseException:
-        give_back(study, trial)
-        raise
-    if problem:
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            trial.set_user_attr("problem", problem)
-    end_trial(study, trial, value, state)
+    # Whatever is told of a trial fails once it was taken for left: this machine slept, say, and another has it now.
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        try:
+            with signs_of_life(lambda count: trial.set_user_attr("sign", count)):
+                value = validation_auroc(desk, study, trial)
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            trial.set_user_attr("problem", str(error).splitlines()[0])
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        except BaseException:
+            give_back(study, trial)
+            raise
+        else:
+            study.tell(trial, value, skip_if_finished=True)
 
 
 def validation_auroc(desk: Desk, study: optuna.Study, trial: Trial) -> float:
