@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -158,10 +160,29 @@ def test_where_no_trial_ends_well_that_is_said(fake, tmp_path: Path) -> None:
         sweeping.sweep(config_of(tmp_path, trials=2))
 
 
-def test_no_trial_begins_that_would_not_end_in_time(fake, tmp_path: Path) -> None:
-    fake["outcome"] = lambda trial: time.sleep(0.3) or 0.5
-    found = sweeping.sweep(config_of(tmp_path, trials=100, minutes=1.5 / 60, final=False))
-    assert 1 <= found["trials"] <= 5
+def test_no_trial_begins_after_the_deadline(fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(time=lambda: now[0], sleep=time.sleep))
+
+    def outcome(trial) -> float:
+        now[0] += 30
+        return 0.5
+
+    fake["outcome"] = outcome
+    assert sweeping.sweep(config_of(tmp_path, trials=100, minutes=1.5, final=False))["trials"] == 3
+
+
+def test_no_trial_begins_that_would_not_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(time=lambda: 100.0))
+    state = TrialState.COMPLETE
+    done = [SimpleNamespace(state=state, duration=timedelta(seconds=seconds)) for seconds in (10, 20, 60)]
+    done.append(SimpleNamespace(state=TrialState.PRUNED, duration=timedelta(seconds=1)))
+    done.append(SimpleNamespace(state=state, duration=None))
+    assert sweeping.has_time(SimpleNamespace(deadline=None), done)
+    assert sweeping.has_time(SimpleNamespace(deadline=120.1), done)  # the median is 20 s
+    assert not sweeping.has_time(SimpleNamespace(deadline=120.0), done)
+    assert sweeping.has_time(SimpleNamespace(deadline=100.1), done[3:])  # nothing is known yet
+    assert not sweeping.has_time(SimpleNamespace(deadline=100.0), done[3:])
 
 
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(fake, tmp_path: Path) -> None:
