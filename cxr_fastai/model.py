@@ -19,6 +19,7 @@ from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.vision.learner import add_head, vision_learner
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -156,9 +157,7 @@ def _load_phantom(body: nn.Module, arch: str) -> LoadedWeights:
             f"--weights phantom: none are shipped for {arch}; use --weights auto, imagenet, none or a file"
         )
     loaded = _load_file(body, arch, SHIPPED_WEIGHTS, "phantom")
-    return LoadedWeights(
-        "phantom", "phantom weights (trained on synthetic films, shipped with this package)", loaded.pretrained
-    )
+    return LoadedWeights(loaded.kind, "phantom weights (trained on synthetic films, shipped with this package)", True)
 
 
 def _load_file(body: nn.Module, arch: str, path: Path, name: str) -> LoadedWeights:
@@ -177,7 +176,18 @@ def _load_file(body: nn.Module, arch: str, path: Path, name: str) -> LoadedWeigh
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     matched = _fill(body, arch, state, name)
-    return LoadedWeights("file", f"weights from {path} ({matched} tensors matched)", True)
+    kind = "phantom" if _of_phantoms(path) else "file"
+    return LoadedWeights(kind, f"weights from {path} ({matched} tensors matched)", True)
+
+
+def _of_phantoms(path: Path) -> bool:
+    """Tell whether a file's record says that it was learned from our phantoms, as `scripts/pretrain.py` writes it."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, "pt") as opened:
+        record = opened.metadata() or {}
+    generators = [value for key, value in record.items() if key.endswith("generator")]
+    return bool(generators) and all(value.startswith("cxr_fastai.phantom") for value in generators)
 
 
 def _fill(body: nn.Module, arch: str, state: object, name: str) -> int:
