@@ -5,13 +5,16 @@
 DIR holds manifest.csv (path, label, patient_id, source; where known findings, view, age), the films of each hospital
 in a folder of its own. For each hospital three questions:
 
-    zero-shot   the findings head that ships with the weights, no real film learned from, on all films
-    fine-tuned  `fitting.fit` on N films, the product's recipe for each start, against random weights (and ImageNet's)
+    zero-shot   the findings head that comes with the weights, no real film learned from, on all films
+    fine-tuned  `fitting.fit` on N films, the product's recipe for each start, against random weights (and ImageNet's),
+                with as many steps for few films as for many
+    trained     the same with the epochs and steps that `python cli.py train` takes by default
     probe       a logistic regression on the frozen features of the body, against those of random weights
 
-N films are all that is learned from: a fifth of them chooses the epoch. Films of one seed are nested, whole patients
-are held out, and every start sees the same films. Finished cells lie in WORK/cells.jsonl, so that a bench that was cut
-off goes on. Out: OUT/transfer.md, transfer.png and transfer.json. About 90 minutes on two idle cores.
+N films are all that is learned from, labels of others are not: a fifth of them chooses the epoch. Films of one seed are
+nested, whole patients are held out, and every start sees the same films. Finished cells lie in WORK/cells.jsonl, so
+that a bench that was cut off goes on; name another WORK after a change of the training, which they know nothing of.
+Out: OUT/transfer.md, transfer.png and transfer.json. About two hours on two idle cores.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from transfer_report import write
 
 from cxr_fastai.config import TrainConfig, usable_cores
 from cxr_fastai.console import QUIET
-from cxr_fastai.data import OpenFilm, normalised, read_films
+from cxr_fastai.data import OpenFilm, normalised, read_films, without_unreadable
 from cxr_fastai.errors import CxrError
 from cxr_fastai.fitting import build_learner, choose_device, features_of_films, fit
 from cxr_fastai.model import EvidenceHead, load_weights, make_body
@@ -47,9 +50,10 @@ from cxr_fastai.runs import SHIPPED_WEIGHTS
 from cxr_fastai.split import fingerprint, split_table
 
 NORMAL, ABNORMAL = "normal", "abnormal"
-STARTS = {"phantom": "phantom", "random": "none", "imagenet": "imagenet"}  # the product's --weights
+STARTS = ("phantom", "random", "imagenet")
 VALID = 0.2  # of the few films, by which the epoch is chosen
 EPOCH = 320  # films: fewer come several times, so that the number of films changes neither steps nor schedule
+TRAIN_EPOCHS = TrainConfig.epochs + TrainConfig.freeze_epochs
 LONGER = 4  # times as many epochs, for random weights with the most films: are they starved?
 LONGER_SEEDS = 1
 LEAST_SHOTS = 10
@@ -61,24 +65,27 @@ GRID = np.logspace(-5, 1, 7)  # C of the logistic regression
 class Job:
     """What one process does at a time; `shots` are the numbers of real films, of a fit one."""
 
-    kind: str  # zero, fit or probe
+    kind: str  # zero, fit, train or probe
     hospital: str
     start: str
     seed: int
     shots: tuple[int, ...]
-    epochs: int = 0  # of a fit, the frozen one included
+    epochs: int = 0  # of fit and train, the frozen one included
 
     @property
     def cost(self) -> float:
         """Roughly how many films go through a network, a step counted as three."""
-        return 3.0 * self.epochs * EPOCH + 300 if self.kind == "fit" else 800.0
+        if not self.epochs:
+            return 800.0
+        return 3.0 * self.epochs * (EPOCH if self.kind == "fit" else self.shots[0]) + 300
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs share."""
+    """What all jobs share; `weights` are those of phantoms, with the findings head."""
 
     real: Path
+    weights: Path
     size: int
     test: int
     device: str
@@ -91,6 +98,7 @@ class Settings:
 def hospitals(real: Path) -> dict[str, pd.DataFrame]:
     """Read the manifest: one table a hospital, its films labelled normal or abnormal."""
     rows = pd.read_csv(real / "manifest.csv", dtype=str, keep_default_na=False)
+    rows = rows.assign(**{name: "" for name in ("view", "age") if name not in rows})
     rows["label"] = rows["label"].str.lower().replace({"pneumonia": ABNORMAL})
     rows = rows[rows["label"].isin([NORMAL, ABNORMAL]) & ~rows["path"].str.contains("native|odd_formats|dicom")]
     rows["hospital"] = rows["path"].str.split("/").str[0]
@@ -141,22 +149,27 @@ def repeated(table: pd.DataFrame, films: int) -> pd.DataFrame:
 # ---- networks ----
 
 
-def shipped_head() -> EvidenceHead:
-    """Return the findings head that ships with the weights."""
-    state = load_file(SHIPPED_WEIGHTS)
+def findings_head(weights: Path) -> EvidenceHead:
+    """Return the findings head that comes with weights of phantoms."""
+    state = load_file(weights)
     head = EvidenceHead(state["findings.weight"].shape[1], len(state["findings.weight"]), dropout=0.0)
     head.linear.load_state_dict({"weight": state["findings.weight"].float(), "bias": state["findings.bias"].float()})
     return head
 
 
-def body_of(start: str, seed: int, paths: Sequence[str], opener: OpenFilm) -> torch.nn.Module:
+def weights_of(start: str, phantom: Path) -> str:
+    """Return what the product's --weights calls a start."""
+    return {"phantom": str(phantom), "random": "none", "imagenet": "imagenet"}[start]
+
+
+def body_of(start: str, seed: int, paths: Sequence[str], opener: OpenFilm, phantom: Path) -> torch.nn.Module:
     """Return the frozen body of a start.
 
     The running statistics of random weights say nothing of their layers; they are set on films, without labels.
     """
     torch.manual_seed(seed)
     body = make_body("densenet121")[0]
-    load_weights(body, "densenet121", STARTS[start])
+    load_weights(body, "densenet121", weights_of(start, phantom))
     if start == "random":
         for layer in body.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -212,6 +225,7 @@ def plan(tables: dict[str, pd.DataFrame], options: argparse.Namespace, starts: S
                 continue
             jobs += [Job("probe", name, start, seed, shots) for start in starts]
             fits += [Job("fit", name, start, seed, (n,), options.epochs) for n in shots for start in starts]
+            fits += [Job("train", name, start, seed, (n,), TRAIN_EPOCHS) for n in shots for start in starts]
             if seed < LONGER_SEEDS and "random" in starts:
                 fits.append(Job("fit", name, "random", seed, (max(shots),), LONGER * options.epochs))
     return jobs + fits
@@ -235,15 +249,16 @@ def record_key(job: Job, n: int) -> dict[str, Any]:
 
 def zero_shot(job: Job, table: pd.DataFrame, opener: OpenFilm, settings: Settings) -> Iterator[np.ndarray]:
     """Yield the logits of the findings for all films, (n, K)."""
-    pooled = features(body_of(job.start, 0, [], opener), table["path"].tolist(), opener, settings)
+    body = body_of(job.start, 0, [], opener, settings.weights)
+    pooled = features(body, table["path"].tolist(), opener, settings)
     with torch.no_grad():
-        yield shipped_head().linear(torch.from_numpy(pooled)).numpy()
+        yield findings_head(settings.weights).linear(torch.from_numpy(pooled)).numpy()
 
 
 def probe_all(job: Job, table: pd.DataFrame, opener: OpenFilm, settings: Settings) -> Iterator[np.ndarray]:
     """Yield the scores of the test films, for each number of films."""
     pool, test = deal(table, job.seed, settings.test)
-    body = body_of(job.start, job.seed, pool["path"].tolist(), opener)
+    body = body_of(job.start, job.seed, pool["path"].tolist(), opener, settings.weights)
     pooled, new = (features(body, part["path"].tolist(), opener, settings) for part in (pool, test))
     place = {path: row for row, path in enumerate(pool["path"])}
     for n in job.shots:
@@ -263,11 +278,13 @@ def chosen_films(pool: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
 def fine_tune(job: Job, table: pd.DataFrame, opener: OpenFilm, settings: Settings) -> Iterator[np.ndarray]:
     """Yield the scores of the test films after the product's fit."""
     pool, test = deal(table, job.seed, settings.test)
-    chosen = repeated(chosen_films(pool, job.shots[0], job.seed), EPOCH)
+    chosen = chosen_films(pool, job.shots[0], job.seed)
+    if job.kind == "fit":
+        chosen = repeated(chosen, EPOCH)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            data=str(settings.real), weights=STARTS[job.start], size=settings.size, seed=job.seed, out=folder,
-            device=settings.device, epochs=job.epochs - 1, freeze_epochs=1, patience=0,
+            data=str(settings.real), weights=weights_of(job.start, settings.weights), size=settings.size,
+            seed=job.seed, out=folder, device=settings.device, epochs=job.epochs - 1, freeze_epochs=1, patience=0,
         )  # fmt: skip
         learn, loaded, _ = build_learner(chosen, config, opener, choose_device(settings.device))
         fit(learn, config, loaded, Path(folder), QUIET)
@@ -278,7 +295,7 @@ def fine_tune(job: Job, table: pd.DataFrame, opener: OpenFilm, settings: Setting
     yield logits[:, 0] - logits[:, 1]  # the classes are abnormal, normal
 
 
-DOES = {"zero": zero_shot, "probe": probe_all, "fit": fine_tune}
+DOES = {"zero": zero_shot, "probe": probe_all, "fit": fine_tune, "train": fine_tune}
 
 
 # ---- processes ----
@@ -293,7 +310,8 @@ def begin(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)
     tables, opener = hospitals(settings.real), OpenFilm(settings.size)
-    read_films(opener, [path for table in tables.values() for path in table["path"]], lambda: None)
+    for table in tables.values():
+        without_unreadable(table, read_films(opener, table["path"].tolist(), lambda: None), skip=False)
     AT_HAND.update(settings=settings, tables=tables, opener=opener)
 
 
@@ -314,14 +332,14 @@ def setting_of(settings: Settings, tables: dict[str, pd.DataFrame]) -> dict[str,
         "size": settings.size,
         "test": settings.test,
         "films": hashlib.sha256(films.encode()).hexdigest()[:16],
-        "weights": hashlib.sha256(SHIPPED_WEIGHTS.read_bytes()).hexdigest()[:16],
+        "weights": hashlib.sha256(settings.weights.read_bytes()).hexdigest()[:16],
     }
 
 
 def finished(file: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the records of a setting by their key; of what a kill cut off, the last line, nothing.
 
-    Cells that do not start from the shipped weights hold for others, too.
+    Cells that do not start from weights of phantoms hold for other ones, too.
     """
     found = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -331,7 +349,7 @@ def finished(file: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
             continue
         theirs = record.pop("setting")
         same = [name for name in setting if name != "weights" or record["start"] == "phantom"]
-        if all(theirs[name] == setting[name] for name in same):
+        if all(theirs.get(name) == setting[name] for name in same):
             found[key_text(record)] = record
     return found
 
@@ -350,28 +368,32 @@ def run_all(jobs: list[Job], file: Path, setting: dict[str, Any], settings: Sett
     """Do all jobs, append the records of each to a file, and say how far it is."""
     began, total, done = time.perf_counter(), sum(job.cost for job in jobs), 0.0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, begin, (settings,)) as pool, file.open("a", encoding="utf-8") as stream:
-        if file.stat().st_size:
-            stream.write("\n")  # ends a line that was cut off
-        waiting = {pool.submit(work, job): job for job in jobs}
-        for number, future in enumerate(as_completed(waiting), 1):
-            job, records = waiting[future], future.result()
-            stream.writelines(json.dumps({**record, "setting": setting}) + "\n" for record in records)
-            stream.flush()
-            done += job.cost
-            spent = time.perf_counter() - began
-            shots = " ".join(map(str, job.shots))
-            print(f"{number}/{len(jobs)} {job.hospital} {job.kind} {job.start} films {shots} seed {job.seed}: "
-                  f"{sum(record['seconds'] for record in records):.0f} s; {spent / 60:.1f} min so far, "
-                  f"about {spent / done * (total - done) / 60:.0f} min left", flush=True)  # fmt: skip
+    pool = ProcessPoolExecutor(workers, context, begin, (settings,))
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            if file.stat().st_size:
+                stream.write("\n")  # ends a line that was cut off
+            waiting = {pool.submit(work, job): job for job in jobs}
+            for number, future in enumerate(as_completed(waiting), 1):
+                job, records = waiting[future], future.result()
+                stream.writelines(json.dumps({**record, "setting": setting}) + "\n" for record in records)
+                stream.flush()
+                done += job.cost
+                spent = time.perf_counter() - began
+                shots = " ".join(map(str, job.shots))
+                print(f"{number}/{len(jobs)} {job.hospital} {job.kind} {job.start} films {shots} seed {job.seed}: "
+                      f"{sum(record['seconds'] for record in records):.0f} s; {spent / 60:.1f} min so far, "
+                      f"about {spent / done * (total - done) / 60:.0f} min left", flush=True)  # fmt: skip
+    finally:  # where a job failed, without waiting for all others, whose records nobody keeps any more
+        pool.shutdown(cancel_futures=True)
 
 
-def starts_at_hand(asked: Sequence[str]) -> tuple[list[str], list[str]]:
+def starts_at_hand(asked: Sequence[str], phantom: Path) -> tuple[list[str], list[str]]:
     """Return the starts whose weights can be had, and for each other one a line that says so."""
     starts, notes = [], []
     for start in asked:
         try:
-            load_weights(make_body("densenet121")[0], "densenet121", STARTS[start])
+            load_weights(make_body("densenet121")[0], "densenet121", weights_of(start, phantom))
             starts.append(start)
         except CxrError as error:
             print(f"{start} left out: {error}")
@@ -379,12 +401,20 @@ def starts_at_hand(asked: Sequence[str]) -> tuple[list[str], list[str]]:
     return starts, notes
 
 
+def even(text: str) -> int:
+    """Return a number of films, half of which are of each class."""
+    if int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text} is odd: give an even number, half of it are of each class")
+    return int(text)
+
+
 def asked_for() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "real-cxr")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shots", type=int, nargs="+", default=[20, 50, 100, 200, 400], help="numbers of real films")
-    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
+    parser.add_argument("--shots", type=even, nargs="+", default=[20, 50, 100, 200, 400], help="numbers of real films")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
+    parser.add_argument("--weights", type=Path, default=SHIPPED_WEIGHTS, help="weights of phantoms, .safetensors")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=3, help=f"of {EPOCH} films, the frozen one included")
     parser.add_argument("--test", type=int, default=250, help="films held out, at most half of a hospital's")
@@ -404,10 +434,11 @@ def main() -> int:
     cuda = choose_device(options.device).type == "cuda"
     workers = options.workers or (1 if cuda else usable_cores())
     settings = Settings(
-        options.real.resolve(), options.size, options.test, options.device, max(1, usable_cores() // workers)
-    )
-    tables = hospitals(settings.real)
-    starts, notes = starts_at_hand(options.starts)
+        options.real.resolve(), options.weights.resolve(), options.size, options.test, options.device,
+        max(1, usable_cores() // workers),
+    )  # fmt: skip
+    starts, notes = starts_at_hand(options.starts, settings.weights)
+    tables = {name: table for name, table in hospitals(settings.real).items() if table["label"].nunique() == 2}
     jobs, setting = plan(tables, options, starts), setting_of(settings, tables)
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.work / "cells.jsonl"
@@ -420,9 +451,13 @@ def main() -> int:
     records = [done[key_text(record_key(job, n))] for job in jobs for n in job.shots]
     tests = {(name, seed): deal(table, seed, settings.test)[1] for name, table in tables.items()
              for seed in range(options.seeds)}  # fmt: skip
-    write(options.out, records, tables, tests, {**setting, "epochs": options.epochs, "boot": options.boot}, notes)
+    told = {"epochs": options.epochs, "films an epoch": EPOCH, "boot": options.boot}
+    write(options.out, records, tables, tests, {**setting, **told}, notes)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CxrError as error:
+        sys.exit(f"error: {error}")

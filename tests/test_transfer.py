@@ -2,8 +2,10 @@
 
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -88,6 +90,59 @@ def test_an_area_of_seeds_is_their_mean() -> None:
     assert found["low"] <= found["value"] <= found["high"]
 
 
+def test_an_interval_holds_how_much_seeds_differ() -> None:
+    y, ids = np.tile([0.0, 1.0], 60), np.arange(120).astype(str)
+
+    def differing_by(low: float, high: float) -> dict[str, float]:
+        each = np.array([low, high, low, high])
+        return transfer_report.reach(each, np.random.default_rng(0).normal(0.8, 0.01, 2000), 60)
+
+    # Without it: Student's t of 59 degrees, and the bootstrap's standard error.
+    assert differing_by(0.8, 0.8) == pytest.approx(2.001 * 0.01 * np.sqrt(60 / 59), rel=0.05)
+    # All but alone: of 3 degrees, and the standard error of the mean of four seeds.
+    assert differing_by(0.6, 1.0) == pytest.approx(3.182 * 0.4 / np.sqrt(12), rel=0.01)
+    right = [(y, y, ids)] * 3
+    assert area(right, 200)["high"] == 1
+    assert area(right, 200)["low"] == pytest.approx(0.025 ** (1 / 60))
+    assert np.isnan(area([(y[:2], y[:2], ids[:2])], 50)["low"])
+
+
+def test_one_failed_job_ends_the_bench_and_leaves_what_was_done(tmp_path: Path, monkeypatch) -> None:
+    class Pool:
+        """Does jobs where it stands; what was asked of its end."""
+
+        ended: ClassVar[list[dict]] = []
+
+        def __init__(self, *_: object) -> None: ...
+
+        def submit(self, _: object, job: Job) -> Future:
+            future: Future = Future()
+            if job.seed == 1:
+                future.set_exception(ValueError("a film is damaged"))
+            else:
+                future.set_result([{**transfer.record_key(job, 20), "seconds": 1.0, "scores": [0.5]}])
+            return future
+
+        def shutdown(self, **how: bool) -> None:
+            self.ended.append(how)
+
+    monkeypatch.setattr(transfer, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(transfer, "as_completed", list)
+    jobs = [Job("fit", "one", "random", seed, (20,), 3) for seed in range(3)]
+    file, setting = tmp_path / "cells.jsonl", {"size": 64}
+    settings = transfer.Settings(tmp_path, transfer.SHIPPED_WEIGHTS, 64, 10, "cpu", 1)
+    with pytest.raises(ValueError, match="a film is damaged"):
+        transfer.run_all(jobs, file, setting, settings, 1)
+    assert Pool.ended == [{"cancel_futures": True}]
+    assert transfer.left_of(jobs, transfer.finished(file, setting)) == jobs[1:]
+
+
+def test_a_number_of_films_is_even() -> None:
+    assert transfer.even("20") == 20
+    with pytest.raises(ArgumentTypeError, match="25 is odd: give an even number"):
+        transfer.even("25")
+
+
 def test_a_probe_separates_what_a_line_separates() -> None:
     rng = np.random.default_rng(0)
     y = np.tile([0, 1], 20)
@@ -102,6 +157,8 @@ def test_a_plan_leaves_out_what_the_films_do_not_suffice_for(table: pd.DataFrame
     fits = [(job.start, job.shots, job.epochs) for job in jobs if job.kind == "fit"]
     assert {shots for _, shots, _ in fits} == {(20,), (40,)}
     assert ("random", (40,), 16) in fits
+    trained = [(job.start, job.shots, job.epochs) for job in jobs if job.kind == "train"]
+    assert trained == [(start, (n,), 4) for n in (20, 40) for start in ("phantom", "random")]
     assert [job.shots for job in jobs if job.kind == "probe"] == [(20, 40)] * 2
 
 
@@ -121,9 +178,9 @@ def test_cells_are_taken_over_only_where_the_setting_is_the_same(tmp_path: Path)
 
 def test_a_manifest_becomes_one_table_a_hospital(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text(
-        "path,label,patient_id,view,age\n"
-        "here/a.png,NORMAL,1,,\nhere/b.png,PNEUMONIA,2,,\nthere/images/c.png,abnormal,3,AP,40\n"
-        "there/native1024/c.png,abnormal,3,AP,40\ndicom/d.dcm,,4,,\n",
+        "path,label,patient_id,view\n"
+        "here/a.png,NORMAL,1,\nhere/b.png,PNEUMONIA,2,\nthere/images/c.png,abnormal,3,AP\n"
+        "there/native1024/c.png,abnormal,3,AP\ndicom/d.dcm,,4,\n",
         encoding="utf-8",
     )
     tables = transfer.hospitals(tmp_path)
@@ -131,6 +188,7 @@ def test_a_manifest_becomes_one_table_a_hospital(tmp_path: Path) -> None:
         "here": ["normal", "abnormal"],
         "there": ["abnormal"],
     }
+    assert set(tables["here"]["age"]) == {""}  # a column that is not there
 
 
 def test_the_page_tells_every_start_and_what_was_left_out(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -139,19 +197,21 @@ def test_the_page_tells_every_start_and_what_was_left_out(table: pd.DataFrame, t
     records = [{"kind": "zero", "hospital": "one", "scores": rng.normal(size=(120, 8)).tolist(), "seed": 0}]
     for (hospital, seed), test in tests.items():
         for start in ("phantom", "random"):
-            for kind, epochs, shots in (("fit", 4, 20), ("fit", 4, 50), ("fit", 12, 50), ("probe", 0, 20)):
+            cells = (("fit", 4, 20), ("fit", 4, 50), ("fit", 12, 50), ("train", 4, 20), ("probe", 0, 20))
+            for kind, epochs, shots in cells:
                 if epochs == 12 and start == "phantom":
                     continue
                 scores = rng.normal(size=len(test)).tolist()
                 records.append({"kind": kind, "hospital": hospital, "start": start, "seed": seed, "shots": shots,
                                 "epochs": epochs, "scores": scores})  # fmt: skip
-    setting = {"size": 64, "weights": "abc", "epochs": 4, "boot": 50}
+    setting = {"size": 64, "weights": "abc", "epochs": 4, "films an epoch": 320, "boot": 50}
     found = transfer_report.write(tmp_path, records, {"one": table}, tests, setting, ["imagenet left out: no network"])
     text = (tmp_path / "transfer.md").read_text(encoding="utf-8")
-    for part in ("phantom − random", "imagenet left out: no network", "view AP", "Random weights for longer"):
+    parts = ("phantom − random", "imagenet left out: no network", "view AP", "for longer", "4 epochs of 320 films")
+    for part in parts:
         assert part in text
     assert json.loads((tmp_path / "transfer.json").read_text(encoding="utf-8")) == found
-    assert len(found["learned"]) == 4
+    assert len(found["learned"]) == 5
     assert (tmp_path / "transfer.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -164,21 +224,22 @@ def test_without_real_films_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_body_with_random_weights_gets_statistics_of_the_films(films: Path) -> None:
     opener = transfer.OpenFilm(32)
     paths = sorted(map(str, films.rglob("*.png")))
-    body = transfer.body_of("random", 0, paths, opener)
-    settings = transfer.Settings(films, 32, 10, "cpu", 1)
+    body = transfer.body_of("random", 0, paths, opener, transfer.SHIPPED_WEIGHTS)
+    settings = transfer.Settings(films, transfer.SHIPPED_WEIGHTS, 32, 10, "cpu", 1)
     pooled = transfer.features(body, paths[:4], opener, settings)
     assert pooled.shape == (4, 1024)
     assert np.isfinite(pooled).all()
     assert pooled.std(axis=0).max() > 0
 
 
-def test_a_fit_scores_the_films_held_out(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["fit", "train"])
+def test_a_fit_scores_the_films_held_out(films: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     paths = sorted(films.rglob("*.png"))
     rows = [{"path": str(p), "label": p.parent.name, "patient_id": p.stem, "split": ""} for p in paths]
     own = transfer.described(pd.DataFrame(rows))
     monkeypatch.setattr(transfer, "EPOCH", 16)
-    settings = transfer.Settings(films, 32, 20, "cpu", 1)
-    job = Job("fit", "one", "random", 0, (20,), 2)
+    settings = transfer.Settings(films, transfer.SHIPPED_WEIGHTS, 32, 20, "cpu", 1)
+    job = Job(kind, "one", "random", 0, (20,), 2)
     (record,) = transfer.run_job(job, own, transfer.OpenFilm(32), settings)
     assert len(record["scores"]) == len(deal(own, 0, 20)[1])
     assert len(set(record["scores"])) > 10

@@ -8,6 +8,7 @@ are a matter of seconds.
 from cxr_fastai.metrics.bootstrap import (
     calibration_interval,
     interval,
+    logit_interval,
     patient_bootstrap,
     resample_weights,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "expected_calibration_error",
     "fit_temperature",
     "interval",
+    "logit_interval",
     "patient_bootstrap",
     "prediction_set",
     "predictive_values",

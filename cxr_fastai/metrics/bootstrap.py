@@ -71,16 +71,27 @@ def interval(value: float, samples: Floats, patients: int) -> tuple[float, float
     low, high : float
         Within [0, 1] and around the value; NaN for none.
     """
-    from scipy.special import expit, logit, stdtrit
+    from scipy.special import stdtrit
 
     samples = samples[~np.isnan(samples)]
     if np.isnan(value) or len(samples) < 2 or patients < 2:
         return np.nan, np.nan
-    tail = (1 - LEVEL) / 2
+    reach = stdtrit(patients - 1, (1 + LEVEL) / 2) * np.sqrt(patients / (patients - 1)) * samples.std(ddof=1)
+    return logit_interval(value, reach, patients)
+
+
+def logit_interval(value: float, reach: float, patients: int) -> tuple[float, float]:
+    """95 % interval of a value in [0, 1] from half of its interval on the plain scale, carried to the logit scale.
+
+    See `interval`, also for a value of exactly 0 or 1, whose `reach` says nothing; NaN has none.
+    """
+    from scipy.special import expit, logit
+
+    if np.isnan(reach):
+        return np.nan, np.nan
     if min(value, 1 - value) < 1e-9:
-        bound = tail ** (1 / patients)
+        bound = ((1 - LEVEL) / 2) ** (1 / patients)
         return (bound, 1.0) if value > 0.5 else (0.0, 1 - bound)
-    reach = stdtrit(patients - 1, 1 - tail) * np.sqrt(patients / (patients - 1)) * samples.std(ddof=1)
     low, high = expit(logit(value) + np.array([-1, 1]) * reach / (value * (1 - value)))
     return float(low), float(high)
 
