@@ -7,19 +7,19 @@ another kind than at either end (Wortsman et al., Robust fine-tuning of zero-sho
 a card with both records and what the mean reaches on held-out phantoms.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from pretrain import N_HELD_OUT, Pretrainer, card, judge
-from pretrain_films import HELD_OUT, Batches
+from pretrain import judge_weights, write_weights
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from cxr_fastai.errors import UsageError
 
-SIZE, BATCH, SEED = 224, 50, 1
+SIZE, SEED = 224, 1
 
 
 def mean_of(before: Path, after: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -43,16 +43,10 @@ def main(
     out: Annotated[Path, typer.Option(help="file to write, .safetensors; the card goes beside it, .md")],
 ) -> None:
     tensors, record = mean_of(before, after)
-    model = Pretrainer()
-    features = {key.removeprefix("features."): value for key, value in tensors.items() if key.startswith("features.")}
-    model.features.load_state_dict(features)
-    model.findings.linear.load_state_dict({key: tensors[f"findings.{key}"] for key in ("weight", "bias")})
-    films = Batches(SEED, HELD_OUT, SIZE, BATCH)
-    reached = judge(model, [films[index] for index in range(N_HELD_OUT // BATCH)], "cpu")
-    reached.pop("auroc_view")  # that part of the network is not in the files
-    out.write_bytes(save(tensors, metadata=record))
-    out.with_suffix(".md").write_text(card(record, {**reached, "size": SIZE, "seen": "all"}), encoding="utf-8")
-    print(" ".join(f"{key} {value}" for key, value in reached.items()))
+    reached = judge_weights(tensors, SEED, SIZE)
+    by = "`scripts/mean_of_weights.py` from two files that `scripts/pretrain.py` wrote"
+    write_weights(out, tensors, record, {**reached, "size": SIZE, "seen": "all"}, by)
+    print(json.dumps(reached, indent=1))
 
 
 if __name__ == "__main__":

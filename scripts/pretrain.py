@@ -3,18 +3,20 @@
     python scripts/pretrain.py --out DIR --size 128 --images 200000
     python scripts/pretrain.py --out DIR --size 224 --images 20000 --decay
     python scripts/pretrain.py --out DIR --export cxr_fastai/weights/densenet121-phantom.safetensors
-    python scripts/pretrain.py --out DIR --start FILE.safetensors --minutes 5 --batch 128 --rate 2e-3 --workers 15 \
-        --shards 1 --device cuda
+    python scripts/pretrain.py --out DIR --start FILE.safetensors --seed 1 --minutes 5 --batch 128 --rate 2e-3 \
+        --workers 15 --shards 1 --device cuda
+    python scripts/pretrain.py --judge FILE.safetensors
 
 Each call is a stage that goes on from DIR/checkpoint.pt: warm-up, then a constant rate, which `--decay` takes down to
 zero over its stage (Hu et al., MiniCPM, 2024). A stage ends after `--images` films or `--minutes`, whichever comes
 first, and decays by whichever it is given (by time, if both). `--start` begins a new run with exported weights.
 SIGTERM or Ctrl-C saves and ends; `--resume` ends the stage that was cut off. Out: DIR/checkpoint.pt, DIR/log.jsonl, and
-by `--export` the averaged weights with a card beside them.
+by `--export` the averaged weights with a card and the log beside them. `--judge` measures exported weights.
 
 The network learns which of the eight findings a film shows, where (on the grid of the last features: the evidence
-must point at the finding), its view and the size of the heart. All chance of a film comes from its number (see
-pretrain_films.py), so that a resumed run goes on exactly, and no film comes twice.
+must point at the finding), its view and the size of the heart. All chance of a film comes from the seed and its number
+(see pretrain_films.py), so that no film comes twice, and on a CPU with `--shards 1` a resumed run goes on exactly.
+(Several shards update the statistics of the norms as they come; `--minutes` follow the clock.)
 """
 
 import copy
@@ -38,13 +40,17 @@ from pretrain_films import HELD_OUT, TRAINING, Batches
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from cxr_fastai.config import usable_cores
 from cxr_fastai.data import normalised
 from cxr_fastai.errors import UsageError
 from cxr_fastai.metrics import auroc
 from cxr_fastai.model import EvidenceHead
 from cxr_fastai.phantom import FINDINGS, GENERATOR_VERSION
+from cxr_fastai.runs import atomic_path, write_text
 
 N_HELD_OUT = 400
+HELD_OUT_BATCH = 50
+SPREAD_OUT = ("Cardiomegaly", "Edema")  # findings that no one place shows
 WARM_UP = 6400  # films
 EMA = 0.995  # a step
 WEIGHT_DECAY = 0.05
@@ -106,7 +112,8 @@ def judge(model: Pretrainer, films: list[dict[str, torch.Tensor]], device: str) 
     logits, evidence, extra = (torch.cat(parts) for parts in zip(*out, strict=True))
     truth, places = (torch.cat([batch[key] for batch in films]) for key in ("findings", "places"))
     any_finding = 1 - (1 - logits.double().sigmoid()).prod(1)  # noisy-or
-    shown = places.flatten(2).amax(2) > 0
+    local = torch.tensor([name not in SPREAD_OUT for name in FINDINGS])
+    shown = (places.flatten(2).amax(2) > 0) & local
     target = places.flatten(2)[shown] > 0.1
     hits = target.gather(1, evidence.flatten(2)[shown].argmax(1, keepdim=True)).float().mean()
     each = {name: round(float(auroc(truth[:, k], logits[:, k])), 4) for k, name in enumerate(FINDINGS)}
@@ -116,17 +123,46 @@ def judge(model: Pretrainer, films: list[dict[str, torch.Tensor]], device: str) 
         "auroc": each,
         "auroc_view": round(float(auroc(torch.cat([batch["view"] for batch in films]), extra[:, 0])), 4),
         "pointing": round(float(hits), 4),
+        "pointed_at": int(shown.sum()),
         "pointing_by_chance": round(float(target.float().mean()), 4),
     }
+
+
+def held_out(seed: int, size: int) -> list[dict[str, torch.Tensor]]:
+    """Draw the phantoms held out of a seed, a process a core."""
+    films = torch.utils.data.DataLoader(
+        Batches(seed, HELD_OUT, size, HELD_OUT_BATCH), batch_size=None, sampler=range(N_HELD_OUT // HELD_OUT_BATCH),
+        num_workers=min(usable_cores(), N_HELD_OUT // HELD_OUT_BATCH), worker_init_fn=begin_worker,
+    )  # fmt: skip
+    return list(films)
+
+
+def judge_weights(weights: dict[str, torch.Tensor], seed: int, size: int) -> dict[str, Any]:
+    """Measure exported weights on phantoms held out; of a film's view they know nothing any more."""
+    model = Pretrainer()
+    fill(model, weights, "the weights")
+    return {key: value for key, value in judge(model, held_out(seed, size), "cpu").items() if key != "auroc_view"}
+
+
+def fill(model: Pretrainer, weights: dict[str, torch.Tensor], name_of: str) -> None:
+    """Take the network and the heads of the findings from exported weights."""
+    known = model.state_dict()
+    given = {name.replace("findings.", "findings.linear."): value for name, value in weights.items()}
+    wanted = {name for name in known if name.startswith(("features.", "findings."))}
+    lacking = wanted - given.keys()
+    other = [name for name in wanted & given.keys() if given[name].shape != known[name].shape]
+    if lacking or other:
+        name = sorted(lacking or other)[0]
+        raise UsageError(f"{name_of} do not fit: {name} is missing or of another shape")
+    model.load_state_dict({name: given[name] for name in wanted}, strict=False)
 
 
 class Run:
     """A pretraining under way in a folder: network, its average, optimizer and counters, saved whole."""
 
-    def __init__(self, out: Path, seed: int, device: str, shards: int = 1):
+    def __init__(self, out: Path, seed: int, device: str):
         torch.manual_seed(seed)
-        # On two cores, half a batch a thread beats two threads on one batch: none waits for the other within a layer.
-        self.out, self.device, self.shards = out, device, shards
+        self.out, self.device = out, device
         self.model = Pretrainer().to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for p in self.model.parameters() if p.ndim in (2, 4)]
@@ -140,7 +176,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
         self.at: dict[str, Any] = {"seed": seed, "seen": 0, "steps": 0, "seconds": 0.0, "stages": []}
         if self.checkpoint.is_file():
-            state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            # By way of the CPU, where Adam's counts must stay: on a GPU each step would wait for each of them.
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             for part in ("model", "average", "optimizer"):
                 getattr(self, part).load_state_dict(state[part])
             self.at = state["at"]
@@ -152,35 +189,31 @@ class Run:
 
     def start_from(self, path: Path) -> None:
         """Take the network and the heads of the findings from exported weights, and record which."""
-        known = self.model.state_dict()
-        given = {name.replace("findings.", "findings.linear."): value for name, value in load_file(path).items()}
-        wanted = {name for name in known if name.startswith(("features.", "findings."))}
-        lacking = wanted - given.keys()
-        other = [name for name in wanted & given.keys() if given[name].shape != known[name].shape]
-        if lacking or other:
-            name = sorted(lacking or other)[0]
-            raise UsageError(f"--start: {path} does not fit: {name} is missing or of another shape")
         for network in (self.model, self.average):
-            network.load_state_dict({name: given[name] for name in wanted}, strict=False)
+            fill(network, load_file(path), f"--start: the weights in {path}")
         with safe_open(path, "pt") as opened:
-            seen = (opened.metadata() or {}).get("images_seen", "an unknown number of")
+            record = opened.metadata() or {}
+        seen = record.get("images_seen", "an unknown number of")
+        if str(self.at["seed"]) in [value for key, value in record.items() if key.split("_")[-1] == "seed"]:
+            raise UsageError(f"--start: {path} has seen the films of seed {self.at['seed']}; choose another --seed")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.at["started_from"] = f"{path.name}, sha256 {digest}, {seen} images seen"
 
     def save(self) -> None:
-        """Write the checkpoint beside its place, then put it there."""
+        """Write the checkpoint, whole or not at all."""
         state = {part: getattr(self, part).state_dict() for part in ("model", "average", "optimizer")}
-        torch.save({**state, "at": self.at}, self.checkpoint.with_suffix(".new"))
-        self.checkpoint.with_suffix(".new").replace(self.checkpoint)
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save({**state, "at": self.at}, temporary)
 
     def step(self, batch: dict[str, torch.Tensor], rate: float) -> torch.Tensor:
         """Learn from one batch; return the parts of its loss, where they are, so that nothing waits for them."""
-        size = -(-len(batch["pixels"]) // self.shards)
+        # On two cores, half a batch a thread beats two threads on one batch: none waits for the other within a layer.
+        size = -(-len(batch["pixels"]) // self.stage["shards"])
         split = {key: value.to(self.device, non_blocking=True).split(size) for key, value in batch.items()}
         shards = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
         shares = [len(shard["pixels"]) / len(batch["pixels"]) for shard in shards]
         if len(shards) > 1:
-            with ThreadPoolExecutor(self.shards) as pool:
+            with ThreadPoolExecutor(len(shards)) as pool:
                 each = list(pool.map(self.learn, shards, shares))
         else:
             each = [self.learn(shards[0], shares[0])]
@@ -203,31 +236,38 @@ class Run:
         sum(LOSS_WEIGHTS[name] * part for name, part in parts.items()).backward()
         return torch.stack([parts[name].detach() for name in LOSS_WEIGHTS])
 
-    def rate(self, peak: float) -> float:
+    @property
+    def stage(self) -> dict[str, Any]:
+        """The last stage: how it was asked for, and where and when it began."""
+        return self.at["stages"][-1]
+
+    def rate(self) -> float:
         """Return the learning rate at the counter: up at first, then constant, down to 0 over a decaying stage."""
-        return peak * min(1.0, (self.at["seen"] + 1) / WARM_UP) * (self.left() if self.at["stages"][-1]["decay"] else 1)
+        warmth = min(1.0, (self.at["seen"] + 1) / WARM_UP)
+        return self.stage["rate"] * warmth * (self.left() if self.stage["decay"] else 1)
 
     def left(self) -> float:
         """Return the share of the last stage that is still to come, of its minutes if it was given some."""
-        stage = self.at["stages"][-1]
-        if stage.get("minutes"):
+        stage = self.stage
+        if stage["minutes"]:
             return max(0.0, 1 - (self.at["seconds"] - stage["began"]) / (60 * stage["minutes"]))
         return 1 - (self.at["seen"] - stage["start"]) / stage["images"]
 
     def begin(self, stage: dict[str, Any]) -> None:
-        """Start a stage; one that was cut off before it keeps what it saw."""
+        """Start a stage; one that was cut off before it keeps what it saw.
+
+        A stage has size, images, minutes (0 for no limit), decay, batch, rate and shards.
+        """
         for last in self.at["stages"][-1:]:
             last["images"] = self.at["seen"] - last["start"]
-        self.at["stages"].append({**stage, "start": self.at["seen"], "began": self.at["seconds"]})
+        at = {"start": self.at["seen"], "began": self.at["seconds"]}
+        self.at["stages"].append({**stage, **at, "commit": commit(), "machine": machine(self.device)})
 
-    def train(self, batch: int, peak: float, workers: int) -> None:
-        """Train to the end of the last stage, or until a signal comes."""
-        stage, began = self.at["stages"][-1], time.time() - self.at["seconds"]
-        held_out = torch.utils.data.DataLoader(
-            Batches(self.at["seed"], HELD_OUT, stage["size"], 50), batch_size=None, sampler=range(N_HELD_OUT // 50),
-            num_workers=min(workers, N_HELD_OUT // 50), worker_init_fn=begin_worker,
-        )  # fmt: skip
-        judged = list(held_out)
+    def train(self, workers: int) -> bool:
+        """Train to the end of the last stage, or until a signal comes; return whether it was the former."""
+        stage, began = self.stage, time.time() - self.at["seconds"]
+        batch = stage["batch"]
+        judged = held_out(self.at["seed"], stage["size"])
         first, end = -(-self.at["seen"] // batch), -(-(stage["start"] + stage["images"]) // batch)
         loader = torch.utils.data.DataLoader(
             Batches(self.at["seed"], TRAINING, stage["size"], batch),
@@ -240,7 +280,7 @@ class Run:
         losses: list[torch.Tensor] = []
         saved = checked = time.time()
         for index, films in zip(range(first, end), loader, strict=False):
-            losses.append(self.step(films, self.rate(peak)))
+            losses.append(self.step(films, self.rate()))
             self.at["seen"], self.at["seconds"] = (index + 1) * batch, time.time() - began
             if time.time() - saved > SAVE_SECONDS:
                 self.save()
@@ -256,13 +296,14 @@ class Run:
             if last or stopped:
                 break
         self.save()
+        return not stopped
 
     def log(self, losses: list[torch.Tensor], speed: float, figures: dict[str, Any]) -> None:
         """Add a line to log.jsonl, and a short one to the terminal."""
         means = torch.stack(losses).mean(0).tolist()
         loss = {name: round(mean, 4) for name, mean in zip(LOSS_WEIGHTS, means, strict=True)}
         line = {"seen": self.at["seen"], "seconds": round(self.at["seconds"]), "images_per_second": round(speed, 1),
-                "size": self.at["stages"][-1]["size"], "rate": self.optimizer.param_groups[0]["lr"], "loss": loss,
+                "size": self.stage["size"], "rate": self.optimizer.param_groups[0]["lr"], "loss": loss,
                 **figures}  # fmt: skip
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -279,13 +320,23 @@ def begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def describe(run: Run) -> dict[str, str]:
-    """Return the record of a run for the weights' metadata and card."""
+def commit() -> str:
+    """Return the commit of this code."""
     root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
+    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
+    return said.strip() or "unknown"
+
+
+def machine(device: str) -> str:
+    """Return what computes: the GPU or the processor, and how many cores."""
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
-    machine = torch.cuda.get_device_name() if run.device == "cuda" else (names or [platform.machine()])[0]
+    name = (names or [platform.machine()])[0] if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def describe(run: Run) -> dict[str, str]:
+    """Return the record of a run for the weights' metadata and card."""
     stages = [
         f"{min(s['images'], run.at['seen'] - s['start'])} at {s['size']} pixels{', rate to 0' if s['decay'] else ''}"
         for s in run.at["stages"]
@@ -296,9 +347,9 @@ def describe(run: Run) -> dict[str, str]:
         "images_seen": str(run.at["seen"]),
         "stages": "; ".join(stages),
         "seconds": str(round(run.at["seconds"])),
-        "machine": f"{machine}, {os.cpu_count()} cores",
+        "machine": "; ".join(dict.fromkeys(s["machine"] for s in run.at["stages"])),
         "seed": str(run.at["seed"]),
-        "commit": commit.strip() or "unknown",
+        "commit": "; ".join(dict.fromkeys(s["commit"] for s in run.at["stages"])),
         "generator": f"cxr_fastai.phantom {GENERATOR_VERSION}",
         "findings": "|".join(FINDINGS),
         "license": "Apache-2.0",
@@ -312,29 +363,39 @@ def export(run: Run, path: Path) -> None:
         if name.startswith(("features.", "findings.")):
             kept = value.cpu().half() if value.ndim == 4 else value.cpu()
             tensors[name.replace("findings.linear.", "findings.")] = kept.contiguous()
-    record = describe(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save(tensors, metadata=record))
     log = run.out / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    checks = [line for line in lines if "auroc" in line]
-    path.with_suffix(".md").write_text(card(record, checks[-1] if checks else {}), encoding="utf-8")
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    checks = [line for line in map(json.loads, lines) if "auroc" in line]
+    write_weights(path, tensors, describe(run), checks[-1] if checks else {}, "`scripts/pretrain.py`")
+    write_text(path.with_suffix(".jsonl"), "\n".join([*lines, ""]))
 
 
-def card(record: dict[str, str], last: dict[str, Any]) -> str:
+def write_weights(
+    path: Path, tensors: dict[str, torch.Tensor], record: dict[str, str], last: dict[str, Any], by: str
+) -> None:
+    """Write weights, with their record as metadata, and a card beside them that tells what wrote them."""
+    content = save(tensors, metadata=record)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    write_text(path.with_suffix(".md"), card({**record, "SHA-256": digest}, last, by))
+
+
+def card(record: dict[str, str], last: dict[str, Any], by: str) -> str:
     """Return the card of the weights, markdown."""
     rows = [f"| {key.replace('_', ' ')} | {value.replace('|', ', ')} |" for key, value in record.items()]
     figures = {
         "AUROC of any finding": last.get("auroc_any"),
         **{f"AUROC of {name}": value for name, value in last.get("auroc", {}).items()},
         "AUROC of the view": last.get("auroc_view"),
-        "Evidence strongest inside the finding": last.get("pointing"),
+        f"Evidence strongest inside the finding (all but {' and '.join(SPREAD_OUT)})": last.get("pointing"),
         "The same of a place at random": last.get("pointing_by_chance"),
     }
     return "\n".join([
         "# DenseNet121 pretrained on phantoms", "",
-        "Written by `scripts/pretrain.py`. Trained on synthetic chest radiographs alone, each seen once: no patient's",
-        "image was used, and none is needed to make these weights again. To start from, not to diagnose with.", "",
+        f"Written by {by}.", "",
+        "Trained on synthetic chest radiographs alone, each seen once: no patient's image was used, and none is needed",
+        "to make these weights again. To start from, not to diagnose with.", "",
         "| | |", "|---|---|", *rows, "",
         f"On {N_HELD_OUT} phantoms held out, at {last.get('size')} pixels, after {last.get('seen')} images:", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures.items() if value is not None), "",
@@ -342,13 +403,14 @@ def card(record: dict[str, str], last: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder of the run; what is there goes on")],
+    out: Annotated[Path | None, typer.Option(help="folder of the run; what is there goes on")] = None,
     size: Annotated[int, typer.Option(help="side of the films, a multiple of 32")] = 128,
     images: Annotated[int, typer.Option(help="films of a new stage; 0 without --minutes starts none")] = 0,
     minutes: Annotated[float, typer.Option(help="end the new stage after so many minutes; 0 for no limit")] = 0.0,
     start: Annotated[Path | None, typer.Option(help="weights that a new run begins with, .safetensors")] = None,
     decay: Annotated[bool, typer.Option(help="take the rate down to 0 over the new stage")] = False,
-    resume: Annotated[bool, typer.Option(help="end the stage that was cut off, as it was asked for")] = False,
+    resume: Annotated[bool, typer.Option(help="end the stage that was cut off, as that was asked for")] = False,
+    judge_of: Annotated[Path | None, typer.Option("--judge", help="only measure these weights, at 224 pixels")] = None,
     export_to: Annotated[Path | None, typer.Option("--export", help="then write the weights, .safetensors")] = None,
     batch: Annotated[int, typer.Option(help="films a step")] = 32,
     rate: Annotated[float, typer.Option(help="constant learning rate")] = 1e-3,
@@ -358,6 +420,11 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     seed: Annotated[int, typer.Option(help="of a new run; what is there keeps its own")] = 0,
 ) -> None:
+    if judge_of:
+        print(json.dumps(judge_weights(load_file(judge_of), seed, 224), indent=1))
+        return
+    if out is None:
+        raise UsageError("--out: name the folder of the run")
     if resume and (images or minutes):
         raise UsageError("--resume ends the stage that was cut off: leave --images and --minutes out")
     torch.set_num_threads(threads)
@@ -366,7 +433,7 @@ def main(
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    run = Run(out, seed, device, shards)
+    run = Run(out, seed, device)
     if start:
         if run.at["stages"]:
             raise UsageError(f"--start begins a new run, but {out} holds one: leave --start out")
@@ -374,9 +441,11 @@ def main(
     if resume and not run.at["stages"]:
         raise UsageError(f"--resume: {out} holds no checkpoint; start a stage with --images")
     if images or minutes:
-        run.begin({"size": size, "images": images or ENDLESS, "decay": decay, "minutes": minutes})
-    if images or minutes or resume:
-        run.train(batch, rate, workers)
+        run.begin({"size": size, "images": images or ENDLESS, "minutes": minutes, "decay": decay, "batch": batch,
+                   "rate": rate, "shards": shards})  # fmt: skip
+    if (images or minutes or resume) and not run.train(workers):
+        print(f"stopped after {run.at['seen']} films; --resume goes on")
+        raise typer.Exit(130)
     if export_to:
         export(run, export_to)
 

@@ -135,7 +135,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         numbers = range(index * self.batch, (index + 1) * self.batch)
         films = [film(self.seed, self.stream, number, self.size) for number in numbers]
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, self.stream, index, 0]))
+        # Not 0 at the end, which a SeedSequence does not tell from nothing: that would be film `index`.
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, self.stream, index, 1]))
         if self.stream == TRAINING:
             for one in films:
                 one["pixels"] = print_on(one["pixels"], rng)
@@ -144,7 +145,8 @@ class Batches(torch.utils.data.Dataset):
         whole = batch["masks"].sum((2, 3))
         if self.stream == TRAINING:
             chance = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            batch["pixels"], batch["masks"] = move(batch["pixels"], batch["masks"], chance)
+            batch["pixels"], batch["masks"], grown = move(batch["pixels"], batch["masks"], chance)
+            whole = whole * grown[:, None]
             batch["pixels"] = vary_tone(clutter(batch["pixels"], chance), chance)
             batch["pixels"], batch["masks"] = collimate(batch["pixels"], batch["masks"], chance)
         batch["pixels"] = torch.from_numpy(np.stack([equalise(pixels) for pixels in batch["pixels"].numpy()]))
@@ -190,8 +192,8 @@ def uniform(chance: torch.Generator, n: int, low: float, high: float, share: flo
     return torch.where(torch.rand(n, 1, 1, 1, generator=chance) < share, drawn, torch.full_like(drawn, usual))
 
 
-def move(pixels: torch.Tensor, masks: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn, zoom, stretch, shear, shift and mirror films (N, 1, S, S) and masks alike."""
+def move(pixels: torch.Tensor, masks: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Turn, zoom, stretch, shear, shift and mirror films (N, 1, S, S) and masks alike; add by how much areas grow."""
     n, side = len(pixels), pixels.shape[-1]
 
     def draw(low: float, high: float, share: float = 0.8) -> torch.Tensor:
@@ -211,7 +213,7 @@ def move(pixels: torch.Tensor, masks: torch.Tensor, chance: torch.Generator) -> 
     ])  # fmt: skip
     coarse = F.affine_grid(theta, [n, 1, side // FOLD, side // FOLD], align_corners=False)
     masks = F.grid_sample(masks, coarse, padding_mode="zeros", align_corners=False)
-    return moved, masks
+    return moved, masks, 1 / torch.linalg.det(theta[:, :, :2]).abs()
 
 
 def clutter(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
