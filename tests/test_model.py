@@ -1,13 +1,15 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cxr_fastai import model
 from cxr_fastai.errors import ModelFileError, UsageError
 from cxr_fastai.model import EvidenceHead, count_features, load_weights, make_body
+from cxr_fastai.runs import SHIPPED_WEIGHTS
 
 
 def test_evidence_sums_to_the_logit() -> None:
@@ -46,7 +48,7 @@ def test_weights_come_from_files_as_others_name_them(tmp_path: Path, rename, suf
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
     body, _ = make_body("densenet121")
     loaded = load_weights(body, "densenet121", str(file))
-    assert loaded.pretrained
+    assert (loaded.kind, loaded.pretrained) == ("file", True)
     assert "725 tensors matched" in loaded.detail
     assert torch.equal(body[0].conv0.weight, state[rename("features.conv0.weight")])
 
@@ -99,6 +101,30 @@ def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest
     )
     with pytest.raises(UsageError, match=r"--weights imagenet: not in the cache .* the download failed"):
         load_weights(body, "resnet18", "imagenet")
+
+
+def test_auto_without_network_takes_the_shipped_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(body, arch):
+        raise OSError("no network")
+
+    monkeypatch.setattr(model, "_load_imagenet", offline)
+    loaded = load_weights(make_body("densenet121")[0], "densenet121", "auto")
+    assert (loaded.kind, loaded.pretrained) == ("phantom", True)
+    assert loaded.detail == (
+        "phantom weights (trained on synthetic films, shipped with this package), since ImageNet's are not in the "
+        "cache and could not be downloaded (no network)"
+    )
+
+
+def test_the_shipped_weights_are_those_of_their_card_and_fit_torchvision() -> None:
+    digest = hashlib.sha256(SHIPPED_WEIGHTS.read_bytes()).hexdigest()
+    assert f"| SHA-256 | {digest} |" in SHIPPED_WEIGHTS.with_suffix(".md").read_text(encoding="utf-8")
+    state = load_file(SHIPPED_WEIGHTS)
+    features = {key: value for key, value in state.items() if key.startswith("features.")}
+    fit = torchvision.models.densenet121(weights=None).load_state_dict(features, strict=False)
+    assert (fit.missing_keys, fit.unexpected_keys) == (["classifier.weight", "classifier.bias"], [])
+    assert {value.dtype for value in features.values() if value.ndim == 4} == {torch.float16}
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_calibration_folds_into_the_head_exactly() -> None:
