@@ -69,7 +69,12 @@ Size = Annotated[int, typer.Option(help="Side of the square input in pixels.", r
 BatchSize = Annotated[int, typer.Option(help="Films a step.", rich_help_panel="Training")]
 Epochs = Annotated[int, typer.Option(help="Epochs that train the network.", rich_help_panel="Training")]
 FreezeEpochs = Annotated[
-    int, typer.Option(help="Epochs before them that train the new last layer only.", rich_help_panel="Training")
+    int,
+    typer.Option(
+        help="Epochs before them that train the new last layer only; where all layers learn from the first epoch "
+        "(random weights, phantom weights on fewer than 512 real films), more of the same.",
+        rich_help_panel="Training",
+    ),
 ]
 FirstLayers = Annotated[
     str,

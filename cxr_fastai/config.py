@@ -208,7 +208,7 @@ class TrainConfig(DataConfig):
     size: side of the square input in pixels. batch_size: films a step.
     epochs: that train the network; freeze_epochs: before them, with the pretrained body kept.
     first_layers: of a pretrained body (`architectures.first_layers`), train or keep them; auto keeps those that
-        learned from phantoms where the films are phantoms, too, and of real films the stem only.
+        learned from phantoms where the films are phantoms, too, and on real films the stem, none on few.
     lr: peak learning rate of Adam, or None to take it from lr-find. weight_decay: Adam's, decoupled.
     dropout: before the last layer. augment: strength of flips, turns, crops and contrast; 0 is none, 1 the paper's.
     patience: epochs without a better validation AUROC before training stops; 0 never stops.

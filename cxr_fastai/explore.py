@@ -95,7 +95,7 @@ def lr_find_seeds(
         console.say(f"{name:<8} {s['median']:.1e}   {s['low']:.1e} to {s['high']:.1e} {over}")
     suggested = suggested_rate(rates, seeds)
     console.say(f"suggested: {suggested['lr']:.1e} ({suggested['reason']})")
-    halved = phase == FINE_TUNE and config.freeze_epochs > 0
+    halved = phase == FINE_TUNE and config.freeze_epochs > 0 and not weights.whole
     warn_of_doubts(suggested, summary[suggested["method"]], lr_mult, halved, console)
     if plot is not None:
         with atomic_path(plot) as temporary:
@@ -106,8 +106,8 @@ def lr_find_seeds(
 
 def phase_of(config: TrainConfig, weights: LoadedWeights, unfrozen: bool) -> tuple[str, float]:
     """Return the phase of training that a rate is sought for, and how many times lower the first layers' rate is."""
-    if not (weights.pretrained and config.freeze_epochs):
-        return FROM_SCRATCH if not weights.pretrained else FINE_TUNE, 1.0  # as `fit`: one rate for all layers
+    if weights.whole or not config.freeze_epochs:
+        return FINE_TUNE if weights.pretrained else FROM_SCRATCH, 1.0  # as `fit`: one rate for all layers
     return (FINE_TUNE, rate_spread(weights, config)) if unfrozen else (FROZEN, 1.0)
 
 

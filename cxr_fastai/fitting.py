@@ -7,7 +7,9 @@
 """
 
 import contextlib
+import dataclasses
 import gc
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ from cxr_fastai.table import targets_of
 # How many times lower the first layers' rate is than the last's. fastai's 100 suits weights learned from photographs;
 # those learned from phantoms must move as far as the last layer to see real films, and less for more phantoms.
 LR_MULT, PHANTOM_LR_MULT, AT_HOME_LR_MULT = 100, 1, 2
+FEW = 512  # real films to learn from, below which phantom weights are trained as random ones are
+ENOUGH_STEPS = 60  # with which 20 to 100 real films are learned better than with fewer; bench/transfer.py has as many
 STEM, FIRST_BLOCKS = 2, 8  # to which part of a film's side the maps of the first layers have shrunk (`first_layers`)
 LOOK_EVERY = 32  # batches on a CUDA device between looks at the loss
 FROZEN, FINE_TUNE, FROM_SCRATCH = "frozen", "fine-tune", "from scratch"
@@ -96,6 +100,7 @@ def build_learner(
     multilabel = table.attrs["task"] == "multilabel"
     loss: nn.Module = KnownBCE(on_device) if multilabel else CrossEntropyLossFlat(weight=on_device)
     learn, loaded = make_learner(make_dataloaders(table, config, opener, device), config, loss)
+    loaded = dataclasses.replace(loaded, whole=whole_at_once(loaded, config, table))
     precision = choose_precision(config, device)
     learn.add_cb(ChannelsLast())
     if precision != "fp32":
@@ -105,6 +110,17 @@ def build_learner(
 
         train_together(learn, config.seed)
     return learn, loaded, weights
+
+
+def whole_at_once(weights: LoadedWeights, config: TrainConfig, table: pd.DataFrame) -> bool:
+    """Tell whether all layers are to be trained from the first epoch, with the statistics of each batch.
+
+    So are random weights, and phantom weights on few real films: the statistics that norms have from phantoms do not
+    fit real films, and few films take too few steps for the weights to make up for it (docs/phantom-log.md).
+    """
+    few = (table["split"] == "train").sum() < FEW
+    few_real = few and weights.kind == "phantom" and not config.synthetic and config.first_layers == "auto"
+    return bool(few_real or not weights.pretrained)
 
 
 def announce(
@@ -124,12 +140,19 @@ def announce(
             f"{weights.detail}. Expect clearly worse results than from pretrained weights, above all with few films. "
             "Give --weights FILE, or run once with a network connection.",
         )
+    if weights.pretrained and weights.whole:
+        console.say(f"Fewer than {FEW} real films to learn from: all layers learn from the first epoch")
     shown = ", ".join(f"{c} {w:.2f}" for c, w in zip(table.attrs["classes"], class_weights.tolist(), strict=True))
     console.say(f"Class weights in the loss: {shown}")
     console.say(
         f"{config.arch} at {config.size}×{config.size}, batch {config.batch_size}, Adam at {config.lr:g}, "
         f"{choose_precision(config, device)} on {device.type}, seed {config.seed}"
     )
+    in_epoch = max(1, (table["split"] == "train").sum() // config.batch_size)
+    steps = in_epoch * (config.epochs + config.freeze_epochs)
+    if steps < ENOUGH_STEPS:
+        enough = math.ceil(ENOUGH_STEPS / in_epoch) - config.freeze_epochs
+        console.say(f"{steps} steps are few: with --epochs {enough}, few films are learned better")
 
 
 def fit(
@@ -145,8 +168,8 @@ def fit(
 
     In the second, the first layers of a body may stay as they are; see `kept`.
 
-    A frozen phase makes sense for a body that has learned something; random weights are trained whole from the
-    first epoch, at one learning rate for all layers, for as many epochs as both phases have.
+    What is to be trained whole from the first epoch (`whole_at_once`) has one phase, with one learning rate for all
+    layers, of as many epochs as both phases have.
 
     A checkpoint in the run folder is gone on from. Where memory runs out, the fit goes on from the last one with half
     the films at a time, gradients added up to the batch that was asked for.
@@ -202,7 +225,7 @@ def _fit(
     fold: int | None,
     watchers: Sequence[Callback],
 ) -> tuple[BestEpoch, int]:
-    frozen = config.freeze_epochs if weights.pretrained else 0
+    frozen = 0 if weights.whole else config.freeze_epochs
     phases = [FROZEN] * bool(frozen) + [FINE_TUNE if weights.pretrained else FROM_SCRATCH]
     epochs = config.epochs + config.freeze_epochs
     cuda = learn.dls.device.type == "cuda"
@@ -245,8 +268,8 @@ def _fit(
 
 
 def kept(weights: LoadedWeights, config: TrainConfig) -> list[Callback]:
-    """Return what keeps, in training, the parts of a body that need not change: none of one that has not learned."""
-    if not weights.pretrained:
+    """Return what keeps, in training, the parts of a body that need not change: none of one that is trained whole."""
+    if weights.whole:
         return []
     part = first_kept(weights, config)
     return [KeepNorms(), KeepFirst(config.size, part)] if part else [KeepNorms()]

@@ -63,11 +63,15 @@ class EvidenceHead(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What a body starts from: its kind, one line for people, and whether anything was learned before."""
+    """What a body starts from: its kind, one line for people, and whether anything was learned before.
+
+    `whole` is set where a run trains all layers from the first epoch; see `fitting.whole_at_once`.
+    """
 
     kind: str
     detail: str
     pretrained: bool
+    whole: bool = False
 
 
 def adam(groups: Sequence[Any], lr: float) -> OptimWrapper:

@@ -61,7 +61,7 @@ def sweep(config: SweepConfig, console: Console = QUIET) -> dict[str, Any]:
     desk, films = prepare(config, folder, began, console)
     study = open_study(config, folder)
     refuse_another_sweep(study, config, films)
-    starts = [start_of(study, arch, weights) for arch in config.archs for weights in config.weights]
+    starts = [start_of(desk, study, arch, weights) for arch in config.archs for weights in config.weights]
     for start in starts:
         console.say(f"Start: {start['detail']}")
     news = News(study, desk, console)

@@ -25,7 +25,7 @@ from cxr_fastai.console import QUIET
 from cxr_fastai.data import OpenFilm, read_films
 from cxr_fastai.errors import DataError, Interrupted, TrainingError
 from cxr_fastai.explore import lr_find_seeds
-from cxr_fastai.fitting import build_learner, choose_device, fit
+from cxr_fastai.fitting import build_learner, choose_device, fit, whole_at_once
 from cxr_fastai.lives import signs_of_life
 from cxr_fastai.model import load_weights, make_body
 
@@ -132,9 +132,9 @@ def choose(desk: Desk, study: optuna.Study, trial: Trial) -> TrainConfig:
     """Return the config of a trial, and keep it with the trial; the learning rate is sought for the rest first."""
     config, base = desk.config, desk.config.train
     arch, weights = pick(trial, "arch", config.archs), pick(trial, "weights", config.weights)
-    start = start_of(study, arch, weights)
+    start = start_of(desk, study, arch, weights)
     total, frozen = base.epochs + base.freeze_epochs, base.freeze_epochs
-    if start["pretrained"]:  # random weights are trained whole from the first epoch
+    if not start["whole"]:
         frozen = trial.suggest_int("freeze_epochs", 0, min(FREEZE_MOST, total - 1))
     chosen = {
         "arch": arch,
@@ -165,13 +165,14 @@ def _brief(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def start_of(study: optuna.Study, arch: str, weights: str) -> dict[str, Any]:
+def start_of(desk: Desk, study: optuna.Study, arch: str, weights: str) -> dict[str, Any]:
     """Return what a trial starts from; what `auto` means is settled once, for every trial and machine."""
     key = f"start: {arch} {weights}"
     if key not in study.user_attrs:
         loaded = load_weights(make_body(arch)[0], arch, weights)
         named = loaded.kind if weights == "auto" else weights
-        start = {"weights": named, "pretrained": loaded.pretrained, "detail": f"{arch}: {loaded.detail}"}
+        whole = whole_at_once(loaded, desk.config.train, desk.table)
+        start = {"weights": named, "whole": whole, "detail": f"{arch}: {loaded.detail}"}
         study.set_user_attr(key, start)
     return study.user_attrs[key]
 

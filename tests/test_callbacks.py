@@ -6,16 +6,19 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from fastai.callback.core import CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from safetensors.torch import save_file
 from torch import nn
 
 from cxr_fastai.callbacks import BestEpoch, FiniteLoss, KeepFirst, KeepNorms
 from cxr_fastai.config import TrainConfig
-from cxr_fastai.fitting import kept
+from cxr_fastai.console import Console
+from cxr_fastai.fitting import announce, kept, whole_at_once
 from cxr_fastai.model import LoadedWeights, make_body
 from cxr_fastai.training import train
 
@@ -88,7 +91,7 @@ def test_first_layers_stay_by_themselves_only_where_they_learned_from_such_films
     (tmp_path / "dataset.json").touch()
 
     def kept_to(kind: str, data: Path, first_layers: str = "auto") -> list[int]:
-        weights = LoadedWeights(kind, "", kind != "none")
+        weights = LoadedWeights(kind, "", kind != "none", whole=kind == "none")
         found = kept(weights, TrainConfig(data=str(data), first_layers=first_layers))
         return [cb.part for cb in found if isinstance(cb, KeepFirst)]
 
@@ -98,6 +101,25 @@ def test_first_layers_stay_by_themselves_only_where_they_learned_from_such_films
     assert kept_to("imagenet", tmp_path / "real", "keep") == [8]
     assert kept_to("phantom", tmp_path, "train") == []
     assert kept_to("none", tmp_path, "keep") == []
+    assert kept(LoadedWeights("phantom", "", True, whole=True), TrainConfig(data=str(tmp_path / "real"))) == []
+
+
+@pytest.mark.parametrize(("films", "said"), [
+    (80, "20 steps are few: with --epochs 11, few films are learned better\n"),
+    (10, "4 steps are few: with --epochs 59, few films are learned better\n"),
+    (240, ""),
+])  # fmt: skip
+def test_few_steps_are_told_with_the_epochs_that_make_enough(
+    films: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    table = pd.DataFrame({"split": ["train"] * films + ["valid"] * 900})
+    table.attrs["classes"] = ["normal", "abnormal"]
+    config = TrainConfig(data="real", epochs=3, freeze_epochs=1, batch_size=16)
+    weights = LoadedWeights("phantom", "phantom weights", True, whole=True)
+    announce(config, table, weights, torch.ones(2), torch.device("cpu"), Console())
+    told = capsys.readouterr().out
+    assert "Fewer than 512 real films to learn from: all layers learn from the first epoch\n" in told
+    assert told.endswith(f"seed {config.seed}\n{said}")
 
 
 def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:
@@ -106,6 +128,40 @@ def test_nothing_goes_on_once_the_loss_is_not_finite() -> None:
     finite.problem = "the loss became nan"
     with pytest.raises(CancelFitException):
         finite.before_fit()  # as in the second phase of fine_tune
+
+
+def test_phantom_weights_are_trained_whole_on_few_real_films_only(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").touch()  # as `generate` leaves one
+
+    def whole(kind: str, films: int, data: Path = tmp_path / "real", first_layers: str = "auto") -> bool:
+        table = pd.DataFrame({"split": ["train"] * films + ["valid"] * 200 + ["test"] * 200})
+        config = TrainConfig(data=str(data), first_layers=first_layers)
+        return whole_at_once(LoadedWeights(kind, "", kind != "none"), config, table)
+
+    assert whole("phantom", 511)
+    assert not whole("phantom", 512)
+    assert not whole("phantom", 511, tmp_path)
+    assert not whole("phantom", 511, first_layers="train")  # asked for is asked for
+    assert not whole("imagenet", 511)
+    assert whole("none", 512)
+    assert whole("none", 512, tmp_path, "keep")
+
+
+def test_all_of_phantom_weights_learn_from_the_first_epoch_of_few_real_films(films: Path, tmp_path: Path) -> None:
+    net = torchvision.models.resnet18()
+    state = {name: value.contiguous() for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    save_file(state, tmp_path / "w.safetensors", {"generator": "cxr_fastai.phantom 1.1"})
+    config = TrainConfig(
+        data=str(films), out=str(tmp_path), name="x", size=32, epochs=2, freeze_epochs=1, arch="resnet18",
+        weights=str(tmp_path / "w.safetensors"), batch_size=8, keep_checkpoints=True,
+    )  # fmt: skip
+    run, _ = train(config)
+    history = pd.read_csv(run / "history.csv")
+    assert history["phase"].tolist() == ["fine-tune"] * 3
+    kept = torch.load(run / "checkpoints" / "last.pth", weights_only=True)["model"]
+    first, norm = kept["0.0.weight"], kept["0.1.running_mean"]
+    assert not torch.equal(first, state["conv1.weight"])
+    assert not torch.equal(norm, state["bn1.running_mean"])  # of each batch
 
 
 def test_pretrained_weights_have_a_frozen_phase_first(films: Path, tmp_path: Path) -> None:

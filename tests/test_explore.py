@@ -117,7 +117,9 @@ def test_the_rate_is_sought_for_the_phase_that_uses_it(small: TrainConfig, tmp_p
     (tmp_path / "dataset.json").touch()  # as `generate` leaves one
     assert phase_of(dataclasses.replace(small, data=str(tmp_path)), phantom, unfrozen=True) == ("fine-tune", 2)
     assert phase_of(small, LoadedWeights("imagenet", "", True), unfrozen=True) == ("fine-tune", 100)
-    assert phase_of(small, LoadedWeights("none", "", False), unfrozen=True) == ("from scratch", 1)
+    assert phase_of(small, LoadedWeights("none", "", False, whole=True), unfrozen=True) == ("from scratch", 1)
+    few_real = LoadedWeights("phantom", "", True, whole=True)
+    assert phase_of(small, few_real, unfrozen=False) == phase_of(small, few_real, unfrozen=True) == ("fine-tune", 1)
 
 
 def test_ten_films_are_enough(tmp_path: Path) -> None:

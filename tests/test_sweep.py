@@ -34,7 +34,7 @@ SMALL = {"arch": "resnet18", "weights": "none", "size": 32, "batch_size": 8, "ep
 
 
 def config_of(tmp_path: Path, **settings: Any) -> SweepConfig:
-    train = TrainConfig(**{**SMALL, "data": "films", "out": str(tmp_path), "name": "s"})
+    train = TrainConfig(**{**SMALL, "data": settings.pop("data", "films"), "out": str(tmp_path), "name": "s"})
     choices = {"archs": ("resnet18",), "weights": ("none",), "sizes": (32, 64), "batch_sizes": (8, 16)}
     return SweepConfig(**{"train": train, **choices, **settings})
 
@@ -107,7 +107,10 @@ def test_the_best_trial_is_written_trained_and_told(fake, tmp_path: Path, capsys
 
 
 def test_a_trial_lies_where_it_should(fake, tmp_path: Path) -> None:
-    config = config_of(tmp_path, trials=30, weights=("auto",), rate_factor=3.0, final=False)
+    phantoms = tmp_path / "phantoms"
+    phantoms.mkdir()
+    (phantoms / "dataset.json").touch()  # as `generate` leaves one
+    config = config_of(tmp_path, data=str(phantoms), trials=30, weights=("auto",), rate_factor=3.0, final=False)
     sweeping.sweep(config)
     study = open_study(config, tmp_path / "sweeps" / "s")
     settings = [trial.user_attrs["settings"] for trial in finished(study)]
@@ -123,8 +126,9 @@ def test_a_trial_lies_where_it_should(fake, tmp_path: Path) -> None:
     assert sum(key.startswith("lr-find: ") for key in study.user_attrs) == len(sought) > 4
 
 
-def test_random_weights_have_no_frozen_epochs_to_choose(fake, tmp_path: Path) -> None:
-    config = config_of(tmp_path, trials=3, final=False)
+@pytest.mark.parametrize("weights", ["none", "phantom"])
+def test_what_is_trained_whole_has_no_frozen_epochs_to_choose(fake, tmp_path: Path, weights: str) -> None:
+    config = config_of(tmp_path, weights=(weights,), trials=3, final=False)  # of few films, of no phantoms
     sweeping.sweep(config)
     study = open_study(config, tmp_path / "sweeps" / "s")
     assert all("freeze_epochs" not in trial.params for trial in finished(study))
