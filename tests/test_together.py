@@ -19,8 +19,11 @@ from cxr_fastai.console import QUIET
 from cxr_fastai.training import train
 
 kinds = {
-    # Weights that have learned: norms keep their statistics, so parts of a batch are the batch.
-    "pretrained": {"arch": "densenet121", "weights": "phantom", "epochs": 1, "freeze_epochs": 1},
+    # Norms keep their statistics: what weights that have learned do, on few real films only when asked to.
+    # So parts of a batch are the batch.
+    "pretrained": {
+        "arch": "densenet121", "weights": "phantom", "epochs": 1, "freeze_epochs": 1, "first_layers": "train",
+    },
     "random": {"arch": "resnet18", "weights": "none", "epochs": 2, "freeze_epochs": 0},
 }
 config = TrainConfig(
