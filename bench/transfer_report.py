@@ -175,6 +175,11 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     ])  # fmt: skip
 
 
+def number_of_seeds(rows: Sequence[dict[str, Any]]) -> int:
+    """Return over how many seeds, at most, the figures of rows are means."""
+    return max((entry["seeds"] for row in rows for entry in row["auroc"].values()), default=0)
+
+
 def page(found: dict[str, Any]) -> str:
     """Return transfer.md."""
     setting = found["setting"]
@@ -228,14 +233,17 @@ def about_learned(rows: Sequence[dict[str, Any]], setting: dict[str, Any]) -> li
         f"`fitting.fit` with the product's recipe of each start, {epochs} epochs of {setting['films an epoch']} films:",
         "fewer come several times, so that all cells have as many steps. A fifth of the films chooses the epoch.",
         "Tested on held-out patients, on the same films for every start; differences are paired.",
+        f"{number_of_seeds(fits)} seeds.",
         *table_of([row for row in fits if row["epochs"] == epochs]),
         *told_longer,
         "### As `python cli.py train` does by default", "",
         "Each film once an epoch and the default number of epochs, so that few films are few steps.",
+        f"{number_of_seeds(trained)} seeds.",
         *table_of(trained),
         "## Linear probe on frozen features", "",
         "A logistic regression on the features of the body, its C chosen by cross-validation by patient within the",
         "films. Random weights have the statistics of their batch normalisation set on films, without labels.",
+        f"{number_of_seeds(probes)} seeds.",
         *table_of(probes),
     ]  # fmt: skip
 
