@@ -87,11 +87,17 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(body, arch):
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ImageNet's weights be neither in the cache nor downloadable."""
+
+    def refuse(body, arch):
         raise OSError("no network")
 
-    monkeypatch.setattr(model, "_load_imagenet", offline)
+    monkeypatch.setattr(model, "_load_imagenet", refuse)
+
+
+def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    offline(monkeypatch)
     monkeypatch.setattr(model, "SHIPPED_WEIGHTS", tmp_path / "none")
     body, _ = make_body("resnet18")
     loaded = load_weights(body, "resnet18", "auto")
@@ -104,10 +110,7 @@ def test_auto_without_network_or_shipped_weights_says_random(monkeypatch: pytest
 
 
 def test_auto_without_network_takes_the_shipped_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(body, arch):
-        raise OSError("no network")
-
-    monkeypatch.setattr(model, "_load_imagenet", offline)
+    offline(monkeypatch)
     loaded = load_weights(make_body("densenet121")[0], "densenet121", "auto")
     assert (loaded.kind, loaded.pretrained) == ("phantom", True)
     assert loaded.detail == (
