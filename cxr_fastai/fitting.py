@@ -118,9 +118,10 @@ def whole_at_once(weights: LoadedWeights, config: TrainConfig, table: pd.DataFra
     So are random weights, and phantom weights on few real films: the statistics that norms have from phantoms do not
     fit real films, and few films take too few steps for the weights to make up for it (docs/phantom-log.md).
     """
+    if not weights.pretrained:
+        return True
     few = (table["split"] == "train").sum() < FEW
-    few_real = few and weights.kind == "phantom" and not config.synthetic and config.first_layers == "auto"
-    return bool(few_real or not weights.pretrained)
+    return bool(few and weights.kind == "phantom" and not config.synthetic and config.first_layers == "auto")
 
 
 def announce(
