@@ -52,3 +52,11 @@ def test_pictures_are_there() -> None:
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert pictures
     assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_figures_on_real_films_are_those_of_the_bench() -> None:
+    section = README.split("## What phantoms alone teach")[1].split("\n## ")[0]
+    figures = re.findall(r"[+-]?0\.\d{3} \([+-]?0\.\d{3} to [+-]?0\.\d{3}\)", section)
+    measured = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
+    assert len(figures) > 10
+    assert [figure for figure in figures if figure not in measured] == []
